@@ -1,0 +1,8 @@
+# Loss of the published GPT-2 weights (350M) on OpenWebText; writes nothing.
+#   python train.py config/eval_gpt2_medium.py
+
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
+init_from = 'gpt2-medium'

@@ -1,0 +1,27 @@
+"""Everything on disk: token bins, tokenizers, checkpoints, logs. One folder a dataset, with its prepare.py."""
+
+import os
+import sys
+
+
+class DataError(Exception):
+    """
+    A file or setting that cannot be used. The message names it and says what to do; it is for the user.
+    Under torchrun all ranks meet the same mistake and rank 0 alone reports it, unless it is in what `one_rank` read.
+    """
+
+    def __init__(self, message: str, one_rank: bool = False):
+        super().__init__(message)
+        self.one_rank = one_rank
+
+
+def _say(kind, error, trace, otherwise=sys.excepthook):
+    """A DataError that reaches the top of a script is one line and exit code 2; all else keeps its traceback."""
+    if not issubclass(kind, DataError):
+        return otherwise(kind, error, trace)
+    if error.one_rank or os.environ.get('RANK', '0') == '0':
+        print(error, file=sys.stderr)
+    raise SystemExit(2)
+
+
+sys.excepthook = _say

@@ -1,0 +1,215 @@
+"""
+Token bins: the on-disk format, and the batches drawn from it.
+
+A dataset folder holds train.bin and val.bin, raw little-endian uint16 token ids without a header (uint32 for
+vocabularies above 65,536), meta.pkl for character models, and bins.json, which says what should be there:
+
+    {"finished": true, "tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "meta_sha256": null,
+     "splits": {"train": {"tokens": 301966, "sha256": "502a..."}, "val": {...}}}
+
+Batches are a function of (seed, step), never of a stream: nothing has to be saved to resume, evaluation cannot disturb
+training, and any number of processes sees the same data.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from data import DataError, codec
+
+DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
+HASHED_AT_OPEN = 1 << 26  # bytes: smaller bins are checked against their sha256 whenever they are opened (0.1 s at most)
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_index(folder: str, index: dict) -> None:
+    path = os.path.join(folder, 'bins.json')
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(index, f, indent=1)
+        _sync(f)
+    os.replace(path + '.tmp', path)
+
+
+def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
+    """
+    Write the bins of a dataset: one split per keyword, each an iterable of arrays of token ids, which is consumed once
+    and never held whole. tokenizer: a codec, for its vocabulary. Readers refuse the folder from here until all of it
+    is complete. Returns the index that bins.json holds. Raises DataError for an id outside the vocabulary.
+    """
+    dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
+    index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
+             'meta_sha256': None, 'splits': {}}
+    os.makedirs(folder, exist_ok=True)
+    _write_index(folder, index)
+    names = []
+    for split, arrays in splits.items():
+        names.append(os.path.join(folder, f'{split}.bin'))
+        count, digest = 0, hashlib.sha256()
+        with open(names[-1] + '.tmp', 'wb') as f:
+            for ids in map(np.asarray, arrays):
+                if ids.max(initial=0) >= tokenizer.vocab_size:
+                    raise DataError(f'{split}: token id {ids.max()} is outside the vocabulary of {tokenizer.vocab_size}')
+                raw = ids.astype(DTYPES[dtype]).tobytes()
+                f.write(raw)
+                digest.update(raw)
+                count += len(ids)
+            _sync(f)
+        index['splits'][split] = {'tokens': count, 'sha256': digest.hexdigest()}
+    meta = os.path.join(folder, 'meta.pkl')
+    if tokenizer.name == 'char':
+        names.append(meta)
+        raw = pickle.dumps(tokenizer.meta(), protocol=4)
+        with open(meta + '.tmp', 'wb') as f:
+            f.write(raw)
+            _sync(f)
+        index['meta_sha256'] = hashlib.sha256(raw).hexdigest()
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(meta)  # of another tokenizer, prepared here before
+    for name in names:
+        os.replace(name + '.tmp', name)
+    _write_index(folder, {**index, 'finished': True})
+    return index
+
+
+def report(index: dict, characters: int | None = None, expected: dict | None = None) -> None:
+    """Print what was written; compare with the `expected` sha256 per split, DataError if one differs."""
+    if characters is not None:
+        print(f'length of the text in characters: {characters:,}')
+    print(f'tokenizer {index["tokenizer"]}, vocabulary {index["vocab_size"]:,}')
+    for split, entry in index['splits'].items():
+        print(f'{split} has {entry["tokens"]:,} tokens, sha256 {entry["sha256"]}')
+        if expected and entry['sha256'] != expected[split]:
+            raise DataError(f'{split}.bin should have sha256 {expected[split]}: the tokenizer here differs from the published one')
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+def draw(n: int, *key) -> np.ndarray:
+    """n random uint64 that depend on the key alone (Salmon et al. 2011: Philox, a counter-based generator)."""
+    digest = hashlib.sha256('/'.join(map(str, key)).encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], 'little')).random_raw(n)
+
+
+def _read_index(folder: str, prepare: str) -> dict:
+    """bins.json, checked; or, for folders without one, the same dict on the evidence of the files."""
+    path = os.path.join(folder, 'bins.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            index = json.load(f)
+    except FileNotFoundError:
+        if any(name.endswith('.tmp') for name in os.listdir(folder)):
+            raise DataError(f'{folder} is half-written (it holds .tmp files): run {prepare}') from None
+        state = codec.of_folder(folder)
+        return {'tokenizer': state.name, 'vocab_size': state.vocab_size, 'dtype': 'uint16', 'splits': {}}
+    except (ValueError, OSError, RecursionError) as e:
+        raise DataError(f'{path} cannot be read ({type(e).__name__}): run {prepare} again') from e
+    try:
+        right = (index['tokenizer'] in ('gpt2', 'char') and type(index['vocab_size']) is int and index['vocab_size'] > 0
+                 and index['dtype'] in DTYPES and all(type(e['tokens']) is int and type(e['sha256']) is str
+                                                      for e in index['splits'].values()))
+        if index['finished'] is True and right and not {'train', 'val'} <= set(index['splits']):
+            right = False
+    except (KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise DataError(f'{path} is damaged: run {prepare} again')
+    if index['finished'] is not True:
+        raise DataError(f'{folder} is unfinished, its prepare.py was interrupted: run {prepare} again')
+    return index
+
+
+class Bins:
+    """
+    A dataset, opened and checked: `tokenizer`, `vocab_size`, `state` (the codec, for a checkpoint). `dataset` is the
+    name of a folder beside this file, or a path. Raises DataError naming the file, and which prepare.py to run.
+    """
+
+    def __init__(self, dataset: str, block_size: int):
+        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)  # an absolute dataset stays what it is
+        folder = folder if os.path.isdir(folder) else dataset
+        if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
+            folder = os.path.relpath(folder)  # shorter in messages
+        prepare = f'python {os.path.join(folder, "prepare.py")}'
+        self.folder, self.block_size = folder, block_size
+        if not os.path.isdir(folder):
+            raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one; python data/NAME/prepare.py makes one')
+        index = _read_index(folder, prepare)
+        self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
+        self.state = self._codec_state(index, prepare)
+        self.tokens = {split: self._open(split, index, prepare) for split in ('train', 'val')}
+
+    def _codec_state(self, index: dict, prepare: str) -> dict:
+        if self.tokenizer == 'gpt2':
+            return {'tokenizer': 'gpt2'}
+        path = os.path.join(self.folder, 'meta.pkl')
+        if not os.path.exists(path):
+            raise DataError(f'{path} is missing: run {prepare} again')
+        with open(path, 'rb') as f:
+            if index.get('meta_sha256') not in (None, hashlib.sha256(f.read()).hexdigest()):
+                raise DataError(f'{path} is not the file that bins.json describes: run {prepare} again')
+        chars = codec.read_meta(path)
+        if chars.vocab_size != self.vocab_size:
+            raise DataError(f'{path} has {chars.vocab_size} characters, bins.json {self.vocab_size}: run {prepare} again')
+        return chars.state()
+
+    def _open(self, split: str, index: dict, prepare: str) -> np.ndarray:
+        """The tokens of a split as a read-only memory map."""
+        path = os.path.join(self.folder, f'{split}.bin')
+        if not os.path.isfile(path):
+            raise DataError(f'{path} is missing: run {prepare}')
+        width, size = np.dtype(DTYPES[index['dtype']]).itemsize, os.path.getsize(path)
+        if size % width:
+            raise DataError(f'{path} has {size:,} bytes, no multiple of {width}: it is damaged, run {prepare} again')
+        entry = index['splits'].get(split, {'tokens': size // width, 'sha256': None})
+        if size // width != entry['tokens']:
+            raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: run {prepare} again')
+        if entry['tokens'] < self.block_size + 1:
+            raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs {self.block_size + 1:,}: '
+                            'take a smaller --block_size or more text')
+        tokens = np.memmap(path, DTYPES[index['dtype']], 'r')
+        if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
+            raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): run {prepare} again')
+        return tokens
+
+    def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, (n, block_size) int64 each, at the places that n random uint64 select."""
+        tokens = self.tokens[split]
+        offsets = (raw % np.uint64(len(tokens) - self.block_size)).astype(np.int64)
+        rows = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (n, block_size + 1)
+        if rows.max(initial=0) >= self.vocab_size:
+            r, t = np.argwhere(rows >= self.vocab_size)[0]
+            raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset {offsets[r] + t:,}; '
+                            f'vocab_size is {self.vocab_size}: the file and its tokenizer do not belong together', one_rank=True)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def train_batch(self, seed: int, step: int, row: int, rows: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Micro-batch `row` of the `rows` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
+        raw = draw(rows * batch_size, seed, 'train', step)
+        return self._sequences('train', raw[row * batch_size:(row + 1) * batch_size])
+
+    def eval_batches(self, split: str, count: int, batch_size: int, rank: int = 0,
+                     world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """
+        The share of `rank` in the first `count` evaluation sequences of a split, the same ones in every run: yields
+        (x, y, n) where n <= batch_size sequences count and the rest, for a fixed shape, has targets -1.
+        """
+        mine = draw(count, 'eval', split)[rank::world_size]
+        for i in range(0, len(mine), batch_size):
+            n = len(mine[i:i + batch_size])
+            x, y = self._sequences(split, np.resize(mine[i:i + batch_size], batch_size))
+            y[n:] = -1
+            yield x, y, n

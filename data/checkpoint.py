@@ -1,0 +1,102 @@
+"""A plain dict to disk and back: saved atomically, verified when read."""
+
+import contextlib
+import os
+import tempfile
+import zipfile
+
+import torch
+
+from data import DataError
+
+NAMES = ('ckpt.pt', 'last.pt')  # best or latest; and whatever is newer than it
+
+
+def save(path: str, checkpoint: dict) -> None:
+    """
+    Write the dict to `path` so that at any moment the old file or the new one is whole there, and durable on return.
+    Raises DataError if it cannot be written; the old file then stands as it was.
+    """
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+        if hasattr(os, 'O_DIRECTORY'):  # the new name itself must survive a power cut too
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        kept = f'; the file that was there before is intact, {os.path.getsize(path):,} bytes' if os.path.exists(path) else ''
+        raise DataError(f'{path} could not be written ({e}){kept}: free some space or choose another out_dir', one_rank=True) from e
+
+
+def _plain(value) -> bool:
+    """Whether a value holds dicts, lists, scalars, text and dense tensors only."""
+    if isinstance(value, dict):
+        return all(type(k) in (str, int) and _plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    if isinstance(value, torch.Tensor):
+        return value.layout == torch.strided and value.device.type == 'cpu'
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def load(path: str) -> dict:
+    """
+    The dict that save() wrote, tensors on the CPU. Every byte is checked against its CRC, and the pickle may build
+    plain types and tensors only, so a file from a stranger runs no code. Raises DataError naming the file, its size
+    and the other checkpoint of the run, if there is one.
+    """
+    folder, name = os.path.split(path)
+    spare = [os.path.join(folder, n) for n in NAMES if n != name and os.path.isfile(os.path.join(folder, n))]
+    size = f'{os.path.getsize(path):,} bytes' if os.path.isfile(path) else 'a folder' if os.path.isdir(path) else 'missing'
+    hint = f'; {spare[0]} stands beside it, move this one away to use that' if spare and name in NAMES else ''
+    try:
+        if not zipfile.is_zipfile(path):
+            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{hint}')
+        with zipfile.ZipFile(path) as z:
+            if broken := z.testzip():
+                raise DataError(f'{path} ({size}) is damaged: the checksum of {broken} does not match{hint}')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except DataError:
+        raise
+    except Exception as e:  # a broken file raises nearly anything
+        raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
+    if not isinstance(checkpoint, dict) or not _plain(checkpoint):
+        raise DataError(f'{path} ({size}) is not a checkpoint: it holds more than plain values and dense tensors{hint}')
+    if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
+        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
+    return checkpoint
+
+
+def newest(folder: str) -> str | None:
+    """Path of the checkpoint in an out_dir that is further on, None where there is none. DataError if one is damaged."""
+    there = [p for p in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(p)]
+    return max(there, key=lambda p: load(p)['iter_num']) if len(there) > 1 else there[0] if there else None
+
+
+def claim(folder: str, fresh: bool) -> list[str]:
+    """
+    Make an out_dir ready for a run: create it, see that it can be written, remove what a killed save left. A fresh run
+    renames the files of an earlier one, a.b to a.prev.b; their new names are returned. Raises DataError.
+    """
+    moved = []
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for name in (*NAMES, 'log.jsonl'):
+            path = os.path.join(folder, name)
+            stem, ending = os.path.splitext(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + '.tmp')
+            if fresh and os.path.lexists(path):
+                os.replace(path, f'{stem}.prev{ending}')
+                moved.append(os.path.basename(f'{stem}.prev{ending}'))
+    except OSError as e:
+        raise DataError(f'out_dir={folder} cannot be written ({e.strerror}): choose another with --out_dir') from e
+    return moved

@@ -1,0 +1,69 @@
+"""What a run says about itself: log.jsonl in its out_dir, and wandb if asked for, behind one object."""
+
+import json
+import os
+
+
+class RunLog:
+    """
+    One JSON object a line: {"kind": "run", ...} at each start, then "train" and "eval" records, each with its "iter".
+    Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
+    With path None it does nothing, which is what every rank but the first wants.
+    """
+
+    def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
+        self.file = self.run = None
+        if path is None:
+            return
+        kept = _before(path, resumed_at) if resumed_at else []
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', encoding='utf-8')
+        if wandb:
+            self.run = _start_wandb(wandb, header)
+        self.write('run', iter=resumed_at, **header)
+
+    def write(self, kind: str, **record) -> None:
+        """Append one record, flushed; a number that is not finite becomes its name, since JSON has no word for it."""
+        if self.file is None:
+            return
+        record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
+        self.file.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
+        self.file.flush()
+        if self.run and kind == 'eval':
+            self.run.log({k: v for k, v in record.items() if k in ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')})
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.run:
+            self.run.finish()
+
+
+def _before(path: str, resumed_at: int) -> list[str]:
+    """The lines of an earlier log that stand before an update; a last line cut short by a kill is dropped too."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and (record.get('kind') == 'run' or record.get('iter', 0) < resumed_at):
+                    kept.append(line)
+    return kept
+
+
+def _start_wandb(settings: dict, config: dict):
+    """A wandb run, or None with one line that says why; the local log goes on either way."""
+    try:
+        import wandb
+        return wandb.init(config=config, settings=wandb.Settings(init_timeout=30), **settings)
+    except ImportError:
+        why = 'wandb is not installed (pip install wandb)'
+    except Exception as e:  # UsageError: no key; CommError: no network
+        why = f'wandb could not start ({type(e).__name__}: {" ".join(str(e).split())[:120]}); WANDB_MODE=offline needs no key or network'
+    print(f'{why}. The run is logged to log.jsonl only.')
+    return None

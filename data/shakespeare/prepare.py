@@ -1,0 +1,25 @@
+"""
+Tiny Shakespeare (1.1 MB) in GPT-2's tokens: 301,966 for training, 36,059 for validation.
+
+    python data/shakespeare/prepare.py
+
+An input.txt that stands in this folder is used instead of the download, whatever text it holds.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import bins, codec  # noqa: E402
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+BINS = {'train': '502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f',
+        'val': '68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b'}
+
+text, published = codec.read_text(os.path.join(HERE, 'input.txt'), URL, SHA256)
+gpt2 = codec.GPT2Codec()
+cut = int(0.9 * len(text))
+index = bins.write(HERE, gpt2, train=[gpt2.encode(text[:cut])], val=[gpt2.encode(text[cut:])])
+bins.report(index, len(text), BINS if published else None)

@@ -1,0 +1,25 @@
+"""
+Tiny Shakespeare (1.1 MB), one token per character: 1,003,854 for training, 111,540 for validation, 65 different ones.
+
+    python data/shakespeare_char/prepare.py
+
+An input.txt that stands in this folder is used instead of the download, whatever text it holds.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import bins, codec  # noqa: E402
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+BINS = {'train': '6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f',
+        'val': 'd37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1'}
+
+text, published = codec.read_text(os.path.join(HERE, 'input.txt'), URL, SHA256)
+chars = codec.CharCodec.of(text)
+ids = chars.encode(text)
+cut = int(0.9 * len(ids))
+bins.report(bins.write(HERE, chars, train=[ids[:cut]], val=[ids[cut:]]), len(text), BINS if published else None)

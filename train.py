@@ -1,0 +1,331 @@
+"""
+Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weights; on one device or on many.
+
+    python train.py config/train_shakespeare_char.py
+    python train.py --batch_size=32 --compile=False
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+On several nodes, the same command on each, with its own --node_rank and the address of the first:
+
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from data import checkpoint as ckpt
+from data.bins import Bins, draw
+from data.runlog import RunLog
+from model import GPT, PUBLISHED, GPTConfig, cosine_lr, resolve
+
+# -- knobs ----------------------------------------------------------------------------------------------------------
+
+out_dir = 'out'  # checkpoints and log.jsonl go here
+eval_interval = 2000  # updates from one evaluation, and save, to the next
+log_interval = 1  # updates from one log line to the next
+eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
+eval_only = False  # evaluate once, write nothing, end
+always_save_checkpoint = True  # ckpt.pt is the latest state; False: the one with the best val loss, a newer one is last.pt
+init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
+wandb_log = False  # log to wandb too
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+dataset = 'openwebtext'  # a folder in data/, or a path to one
+gradient_accumulation_steps = 5 * 8  # micro-steps of one update, over all processes together
+batch_size = 12  # sequences in a micro-step of one process
+block_size = 1024  # tokens of context
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; try 0.1 or more for small data and fine-tuning
+bias = False  # in Linears and LayerNorms
+learning_rate = 6e-4  # the highest, after warm-up
+max_iters = 600000  # updates in all
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9  # AdamW
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0.0: off
+decay_lr = True  # False: a constant learning_rate, no warm-up
+warmup_iters = 2000  # updates of linear warm-up
+lr_decay_iters = 600000  # the cosine ends here; about max_iters (Hoffmann et al. 2022)
+min_lr = 6e-5  # the learning rate from then on; about learning_rate / 10
+backend = 'auto'  # of torchrun's process group: nccl on GPUs, gloo elsewhere
+device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
+dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the device computes in natively
+compile = True  # torch.compile the model; where that cannot work, training goes on without
+seed = 1337  # everything random follows from it and the step
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests look in from here, once an update
+
+# -- 1 runtime: ranks, device, precision, seed ----------------------------------------------------------------------
+
+ddp = 'RANK' in os.environ  # started by torchrun
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+first = rank == 0  # this process prints, logs and saves
+shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
+
+problems = [message for bad, message in [
+    (batch_size < 1, f'batch_size={batch_size} must be at least 1'),
+    (gradient_accumulation_steps < 1, f'gradient_accumulation_steps={gradient_accumulation_steps} must be at least 1'),
+    (gradient_accumulation_steps % world_size,
+     f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes'),
+    (eval_interval < 1, f'eval_interval={eval_interval} must be at least 1'),
+    (log_interval < 1, f'log_interval={log_interval} must be at least 1'),
+    (eval_iters < 1, f'eval_iters={eval_iters} must be at least 1'),
+    (max_iters < 0, f'max_iters={max_iters} must not be negative'),
+    (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be above 0'),
+    (not 0 <= min_lr <= learning_rate and decay_lr, f'min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}'),
+    (warmup_iters < 0, f'warmup_iters={warmup_iters} must not be negative'),
+    (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative'),
+    (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1} and beta2={beta2} must lie in [0, 1)'),
+    (not grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off'),
+    (init_from not in ('scratch', 'resume', *PUBLISHED) and not os.path.isfile(os.path.join(init_from, 'config.json')),
+     f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json'),
+    (backend not in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo'),
+] if bad]
+for rules in (lambda: GPTConfig(**shape), lambda: globals().update(zip(('device', 'dtype'), resolve(device, dtype)))):
+    try:
+        rules()
+    except ValueError as e:
+        problems += e.args
+if problems:
+    fail(*problems)
+
+device_type = device.partition(':')[0]
+if ddp:
+    if device_type == 'cuda':
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if backend == 'auto' and device_type == 'cuda' else 'gloo' if backend == 'auto' else backend,
+                            device_id=torch.device(device) if device_type == 'cuda' else None)
+torch.manual_seed(seed)  # initial weights; the same on all ranks
+torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
+torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
+torch.utils.deterministic.fill_uninitialized_memory = False
+autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+if first:
+    print(f'device {device}, dtype {dtype}, processes {world_size}')
+    print(f'tokens per iteration will be: {tokens_per_iter:,}')
+
+# -- 2 data ---------------------------------------------------------------------------------------------------------
+
+bins = Bins(dataset, block_size)
+
+
+def to_device(tensor):
+    """A copy on the device; to a GPU it overlaps with what the host does next."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else tensor.to(device)
+
+
+# -- 3 model: scratch, resume, gpt2 ---------------------------------------------------------------------------------
+
+iter_num, best_val_loss, resumed = 0, math.inf, None  # iter_num: updates done, so the index of the next one
+try:
+    if init_from == 'scratch':
+        vocab_size = 50304 if bins.tokenizer == 'gpt2' else bins.vocab_size
+        raw_model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
+    elif init_from == 'resume':
+        resumed = ckpt.newest(out_dir)
+        if resumed is None:
+            fail(f'init_from=resume: there is no ckpt.pt or last.pt in out_dir={out_dir}; start with --init_from=scratch')
+        resumed = ckpt.load(resumed)
+        for key, value in resumed['model_args'].items():
+            if key == 'block_size' and value != block_size:
+                fail(f'block_size={block_size}, but the checkpoint has {value}: resume with --block_size={value}')
+            if first and key in ('n_layer', 'n_head', 'n_embd', 'bias') and value != shape[key]:
+                print(f'{key}={value} comes from the checkpoint, {key}={shape[key]} is ignored')
+        raw_model = GPT.from_checkpoint(resumed, dropout=dropout)
+        iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
+    else:
+        raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
+        if block_size != raw_model.config.block_size:
+            raw_model.crop_block_size(block_size)
+except (ValueError, OSError) as e:
+    fail(*e.args)
+vocab_size = raw_model.config.vocab_size
+if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
+    fail(f'dataset={dataset} has a vocabulary of {bins.vocab_size} ({bins.tokenizer}), the model of {vocab_size}: they do not fit')
+model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
+raw_model.to(device)
+if first:
+    print(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+
+# -- 4 optimizer, compile, DDP --------------------------------------------------------------------------------------
+
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+if resumed:  # moments and steps from the file, every hyperparameter from the knobs
+    optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': optimizer.state_dict()['param_groups']})
+    if scaler.is_enabled() and resumed.get('scaler'):
+        scaler.load_state_dict(resumed['scaler'])
+    resumed = True  # its tensors live in model and optimizer now
+if compile:
+    try:
+        torch.compile(lambda t: t + 1)(torch.zeros(1, device=device))
+    except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
+        compile = False
+        if first:
+            print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
+# the order: raw_model, then DDP around it, then compile around both, so that its graph is cut where gradients are exchanged
+ddp_model = torch.nn.parallel.DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None) if ddp else None
+model = ddp_model or raw_model
+if compile:
+    model = torch.compile(model)
+
+# -- 5 evaluate, save -----------------------------------------------------------------------------------------------
+
+
+def mean_over_ranks(*values):
+    """Each value averaged over all processes, as floats; waits for the device."""
+    mean = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]) / world_size
+    if ddp:
+        dist.all_reduce(mean)
+    return mean.tolist()
+
+
+@torch.no_grad()
+def evaluate():
+    """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
+    raw_model.eval()
+    sums = {}
+    for split in ('train', 'val'):
+        sums[split] = torch.zeros((), device=device)
+        for x, y, n in bins.eval_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
+            with autocast():
+                sums[split] += n * model(to_device(x), to_device(y), keep_logits=False)[1]
+    raw_model.train()
+    return {split: total * world_size / (eval_iters * batch_size)
+            for split, total in zip(sums, mean_over_ranks(*sums.values()))}
+
+
+def save(name):
+    """Write the whole state of the run to out_dir/name; a last.pt that is no further on has then served its time."""
+    if not first:
+        return
+    print(f'saving checkpoint to {out_dir}')
+    ckpt.save(os.path.join(out_dir, name), {
+        'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
+        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
+        'codec': bins.state, 'scaler': scaler.state_dict(), 'dtype': dtype})
+    if name == 'ckpt.pt':
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out_dir, 'last.pt'))
+
+
+def check_finite():
+    """End the run on all ranks, before anything is saved, if the gradient was not finite in an update since last time."""
+    for i, norm in enumerate(torch.stack(norms).tolist() if norms else ()):
+        if (not math.isfinite(norm) and not scaler.is_enabled()) or scaler.get_scale() < 1:
+            at = iter_num - len(norms) + i
+            sys.exit(f'iter {at}: gradient norm {norm}, lr {lr:.3e}, loss scale {scaler.get_scale():g}: stopping, nothing is saved; '
+                     'a lower learning_rate or another dtype may help' if first else 1)
+    norms.clear()
+
+
+# -- 6 the loop -----------------------------------------------------------------------------------------------------
+
+if eval_only:
+    losses = evaluate()
+    if first:
+        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    sys.exit()
+if iter_num >= max_iters and resumed:
+    if first:
+        print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
+    sys.exit()
+if first and (moved := ckpt.claim(out_dir, fresh=not resumed)):
+    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
+header = {'config': config, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type,
+          'dtype': dtype, 'compile': compile, 'processes': world_size, 'parameters': raw_model.get_num_params(), 'torch': torch.__version__}
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
+             wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
+
+signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+micro_steps = gradient_accumulation_steps // world_size
+norms = []  # gradient norms since check_finite, on the device
+mfu, eval_time = -1.0, 0.0
+started_at, saved_at = iter_num, iter_num if resumed else 0
+logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # training time since the last log line is spent + now - clock
+raw_model.train()
+
+while True:
+    lr = cosine_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+    # evaluate and save; the time this takes is not training time
+    if iter_num % eval_interval == 0 or iter_num == max_iters:
+        check_finite()
+        spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
+        losses = evaluate()
+        if first:
+            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu})
+        improved = losses['val'] < best_val_loss
+        best_val_loss = min(losses['val'], best_val_loss)
+        if iter_num > saved_at:
+            save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
+            saved_at = iter_num
+        eval_time, clock = time.perf_counter() - clock, time.perf_counter()
+    if iter_num >= max_iters:
+        break
+
+    # one update: forward and backward through all micro-steps, gradients exchanged in the last, clip, step
+    loss_sum = torch.zeros((), device=device)
+    for m in range(micro_steps):
+        row = m * world_size + rank
+        x, y = bins.train_batch(seed, iter_num, row, gradient_accumulation_steps, batch_size)
+        if dropout > 0:
+            torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
+        if ddp:
+            ddp_model.require_backward_grad_sync = m == micro_steps - 1
+        with autocast():
+            _, loss = model(to_device(x), to_device(y), keep_logits=False)
+        scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach() / micro_steps
+    scaler.unscale_(optimizer)
+    norms.append(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    iter_num += 1
+    on_step(iter_num, raw_model)
+
+    # log; the ranks also agree here on whether one of them was told to stop
+    stop = bool(signals) and not ddp
+    if (iter_num - 1) % log_interval == 0:
+        norm = norms[-1]
+        loss, stop = mean_over_ranks(loss_sum, float(bool(signals)))
+        check_finite()
+        dt = (spent + time.perf_counter() - clock) / (iter_num - logged_at)
+        logged_at, spent, clock = iter_num, 0.0, time.perf_counter()
+        if iter_num - started_at > 5:  # the first few are slower: compilation, caches
+            now = raw_model.estimate_mfu(batch_size * micro_steps, dt)
+            mfu = now if mfu < 0 else 0.9 * mfu + 0.1 * now
+        left = (max_iters - iter_num) * (dt + eval_time / eval_interval)
+        if first:
+            print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
+                  f'{tokens_per_iter / dt:,.0f} tok/s, {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left')
+        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=float(norm), ms=dt * 1000)
+    if stop:
+        check_finite()
+        if iter_num > saved_at:
+            save('ckpt.pt' if always_save_checkpoint else 'last.pt')
+        if first:
+            print(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
+        break
+
+log.close()
+if ddp:
+    dist.destroy_process_group()
