@@ -27,7 +27,7 @@ seed = 1337
 device = 'auto'
 dtype = 'auto'
 compile = True
-profile = False  # write a trace of a few steps for chrome://tracing or ui.perfetto.dev, and print the costliest operators
+profile = False  # print where the time goes, write a trace for ui.perfetto.dev
 dataset = 'openwebtext'
 n_layer = 12
 n_head = 12
@@ -77,8 +77,8 @@ with tempfile.TemporaryDirectory() as scratch:
         ids = bins.draw(20 * (block_size + 1), seed, 'bench') % 50257
         bins.write(os.path.join(scratch, 'data'), codec.GPT2Codec(), train=[ids], val=[ids])
         dataset = os.path.join(scratch, 'data')
-    passed_on = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'dataset', 'n_layer', 'n_head',
-                 'n_embd', 'gradient_accumulation_steps')
+    passed_on = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'dataset', 'n_layer',
+                 'n_head', 'n_embd', 'gradient_accumulation_steps')
     sys.argv[1:] = [f'--{name}={globals()[name]}' for name in passed_on]
     sys.argv += [f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}', '--warmup_iters=0']
     try:
@@ -94,4 +94,5 @@ if profile:
     key = 'self_cuda_time_total' if torch.cuda.is_available() else 'self_cpu_time_total'
     print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
 print(f'{tokens / dt:,.0f} tokens per second')
-print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {models[0].estimate_mfu(batch_size * gradient_accumulation_steps, dt) * 100:.2f}%')
+mfu = models[0].estimate_mfu(batch_size * gradient_accumulation_steps, dt)
+print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')

@@ -132,8 +132,9 @@ def _configure(space):
             source = f.read()
         comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
                     if t.type == tokenize.COMMENT}
-        print((space.get('__doc__') or '').strip(), '\n\nKnobs: --key=value, or in a config file given as an argument')
-        for node in ast.parse(source).body:
+        tree = ast.parse(source)
+        print(f'{(ast.get_docstring(tree) or script).strip()}\n\nKnobs, set by --key=value or in a config file:\n')
+        for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in knobs:
                 key = node.targets[0].id
                 print(f'  {f"--{key}={knobs[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())

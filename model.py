@@ -1,5 +1,5 @@
 """
-The GPT: configuration, blocks, loss, generation, weights in and out, optimizer groups, FLOPs. One file, the whole network.
+The GPT: configuration, blocks, loss, generation, weights in and out, optimizer groups, FLOPs.
 
     Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), and the names of its released
     weights: wte, wpe, h, ln_1, c_attn, c_proj, ln_2, c_fc, ln_f.
@@ -34,7 +34,8 @@ class GPTConfig:
     def __post_init__(self):
         rules = [(getattr(self, name) < 1, f'{name}={getattr(self, name)} must be at least 1')
                  for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
-        rules += [(self.n_head >= 1 and self.n_embd % self.n_head, f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'),
+        rules += [(self.n_head >= 1 and self.n_embd % self.n_head,
+                   f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'),
                   (not 0 <= self.dropout < 1, f'dropout={self.dropout} must lie in [0, 1)'),
                   (self.gelu not in ('exact', 'tanh'), f'gelu={self.gelu} must be exact or tanh')]
         if problems := [message for bad, message in rules if bad]:
@@ -54,7 +55,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, nh, T, hs)
+        # 3 times (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -103,7 +105,7 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix reads tokens in and scores them out
-        # every residual branch adds variance: the 2 n_layer projections into the stream start smaller (GPT-2, section 2.3)
+        # every residual branch adds variance: the 2 n_layer projections into the stream start smaller (section 2.3)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -163,8 +165,9 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first block_size positions. Raises ValueError if there are fewer."""
         if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} is more than the {self.config.block_size} positions of the model')
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
+            raise ValueError(f'block_size={block_size} is more than the model\'s {self.config.block_size} positions')
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
         self.config.block_size = block_size
 
     def flops_per_token(self) -> int:
@@ -220,7 +223,7 @@ class GPT(nn.Module):
         args = dict(checkpoint['model_args'])
         names = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
         if set(args) != names:
-            raise ValueError(f'model_args should hold {", ".join(sorted(names))}; it holds {", ".join(sorted(map(str, args)))}')
+            raise ValueError(f'model_args should hold {sorted(names)}; it holds {sorted(map(str, args))}')
         if dropout is not None:
             args['dropout'] = dropout
         return cls.from_state(GPTConfig(**args, gelu=checkpoint.get('gelu', 'exact')), checkpoint['model'])
@@ -229,31 +232,32 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> 'GPT':
         """
         GPT-2 weights in transformers' format: one of PUBLISHED from the hub (or its local cache), or a folder with
-        config.json. override_args may set dropout. float32 on the CPU. Raises ValueError, OSError for what is not there.
+        config.json. override_args may set dropout. float32, on the CPU. Raises ValueError or OSError.
         """
         from transformers import GPT2LMHeadModel
 
         override_args = override_args or {}
         if set(override_args) - {'dropout'}:
-            raise ValueError(f'only dropout can be overridden, not {", ".join(set(override_args) - {"dropout"})}')
+            raise ValueError(f'only dropout can be overridden, not {sorted(set(override_args) - {"dropout"})}')
         if model_type not in PUBLISHED and not os.path.isfile(os.path.join(model_type, 'config.json')):
-            raise ValueError(f'{model_type} is neither one of {", ".join(PUBLISHED)} nor a folder with config.json')
+            raise ValueError(f'{model_type} is none of {", ".join(PUBLISHED)} and no folder with config.json')
         hf = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32)
         c = hf.config
         wide = c.n_inner or 4 * c.n_embd
         activations = {'gelu': 'exact', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh'}
         if (wide != 4 * c.n_embd or c.layer_norm_epsilon != 1e-5 or not c.scale_attn_weights
                 or c.scale_attn_by_inverse_layer_idx or c.activation_function not in activations):
-            raise ValueError(f'{model_type} is not a plain GPT-2: n_inner, layer_norm_epsilon, attention scale or activation differ')
-        config = GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                           bias=True, gelu=activations[c.activation_function], **override_args)
+            raise ValueError(f'{model_type} is no plain GPT-2: width, epsilon, attention scale or activation differs')
+        config = GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+                           n_embd=c.n_embd, bias=True, gelu=activations[c.activation_function], **override_args)
         # transformers keeps GPT-2's Conv1D layers as (in, out); Linear wants (out, in)
         conv1d = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-        return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in hf.state_dict().items()})
+        state = hf.state_dict()
+        return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()})
 
 
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
-    """Learning rate of update `it`: linear warm-up, half a cosine down to min_lr (Loshchilov and Hutter 2016), min_lr after."""
+    """Learning rate of update `it`: linear warm-up, half a cosine to min_lr (Loshchilov and Hutter 2016)."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it >= lr_decay_iters:
@@ -278,15 +282,16 @@ PEAK_TFLOPS = {
 
 def peak_flops(device: torch.device) -> float | None:
     """Datasheet peak of a CUDA device in FLOP/s (dense bf16); None where it is unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'Laptop'  # laptop parts share a name, not a peak
-    known = (1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name) and 'Laptop' not in name)
-    return next(known, None)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'Laptop'
+    if 'Laptop' in name:  # those parts share a desktop card's name, not its peak
+        return None
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def resolve(device: str, dtype: str) -> tuple[str, str]:
     """
     What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
-    computes in it natively, float16 on other CUDA cards, float32 elsewhere. Raises ValueError, one argument per problem.
+    computes in it natively, float16 on other CUDA cards, float32 elsewhere. ValueError: one argument per problem.
     """
     problems = []
     if device == 'auto':
@@ -297,10 +302,8 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
         problems.append(f'device={device}: choose auto, cpu, cuda, cuda:N or mps')
     elif not there[kind]:
         problems.append(f'device={device} is not available here; try --device=auto or --device=cpu')
-    elif kind == 'cuda' and ':' in device and not (device[5:].isdecimal() and int(device[5:]) < torch.cuda.device_count()):
+    elif ':' in device and not (device[5:].isdecimal() and int(device[5:]) < torch.cuda.device_count()):
         problems.append(f'device={device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0')
-    elif kind != 'cuda' and device != kind:
-        problems.append(f'device={device}: write {kind}')
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
         problems.append(f'dtype={dtype}: choose auto, float32, bfloat16 or float16')
     elif dtype == 'float16' and kind in ('cpu', 'mps'):

@@ -3,7 +3,7 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3 --max_new_tokens=200
-    python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5
+    python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     python sample.py --start=FILE:prompt.txt
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from data import checkpoint as ckpt
 from data import codec
-from model import GPT, PUBLISHED, resolve
+from model import GPT, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ try:
     if init_from == 'resume':
         path = next((p for p in (os.path.join(out_dir, name) for name in ckpt.NAMES) if os.path.lexists(p)), None)
         if path is None:
-            fail(f'there is no ckpt.pt or last.pt in out_dir={out_dir}; train first, or give --out_dir or --init_from=gpt2')
+            fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: train first, or try --init_from=gpt2')
         checkpoint = ckpt.load(path)
         print(f'{path}: {checkpoint["iter_num"]} updates')
         model = GPT.from_checkpoint(checkpoint)
@@ -72,13 +72,14 @@ except (ValueError, OSError) as e:
     fail(*e.args)
 vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
-    fail(f'the model has a vocabulary of {vocab_size}, its tokenizer ({tokenizer.name}) one of {tokenizer.vocab_size}: they do not fit')
+    fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')
 model.eval().to(device)
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)
-autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.partition(':')[0], getattr(torch, dtype))
+device_type = device.partition(':')[0]
+autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ On several nodes, the same command on each, with its own --node_rank and the add
 """
 
 import contextlib
+import datetime
+import logging
 import math
 import os
 import signal
@@ -19,6 +21,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
@@ -32,7 +35,7 @@ eval_interval = 2000  # updates from one evaluation, and save, to the next
 log_interval = 1  # updates from one log line to the next
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
 eval_only = False  # evaluate once, write nothing, end
-always_save_checkpoint = True  # ckpt.pt is the latest state; False: the one with the best val loss, a newer one is last.pt
+always_save_checkpoint = True  # ckpt.pt is the latest state; False: the best one, and last.pt a newer one
 init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
 wandb_log = False  # log to wandb too
 wandb_project = 'owt'
@@ -67,7 +70,8 @@ on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tes
 # -- 1 runtime: ranks, device, precision, seed ----------------------------------------------------------------------
 
 ddp = 'RANK' in os.environ  # started by torchrun
-rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
+world_size = int(os.environ.get('WORLD_SIZE', 1))
 first = rank == 0  # this process prints, logs and saves
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
@@ -81,7 +85,7 @@ problems = [message for bad, message in [
     (eval_iters < 1, f'eval_iters={eval_iters} must be at least 1'),
     (max_iters < 0, f'max_iters={max_iters} must not be negative'),
     (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be above 0'),
-    (not 0 <= min_lr <= learning_rate and decay_lr, f'min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}'),
+    (decay_lr and not 0 <= min_lr <= learning_rate, f'min_lr={min_lr} must lie in [0, learning_rate={learning_rate}]'),
     (warmup_iters < 0, f'warmup_iters={warmup_iters} must not be negative'),
     (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative'),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1} and beta2={beta2} must lie in [0, 1)'),
@@ -103,12 +107,14 @@ if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if backend == 'auto' and device_type == 'cuda' else 'gloo' if backend == 'auto' else backend,
-                            device_id=torch.device(device) if device_type == 'cuda' else None)
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
 torch.utils.deterministic.fill_uninitialized_memory = False
+logging.getLogger('torch._dynamo.variables').setLevel(logging.ERROR)  # DDP's profiler marks, lost in a graph
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 if first:
@@ -135,7 +141,7 @@ try:
     elif init_from == 'resume':
         resumed = ckpt.newest(out_dir)
         if resumed is None:
-            fail(f'init_from=resume: there is no ckpt.pt or last.pt in out_dir={out_dir}; start with --init_from=scratch')
+            fail(f'init_from=resume: no ckpt.pt or last.pt in out_dir={out_dir}; start with --init_from=scratch')
         resumed = ckpt.load(resumed)
         for key, value in resumed['model_args'].items():
             if key == 'block_size' and value != block_size:
@@ -152,7 +158,7 @@ except (ValueError, OSError) as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
-    fail(f'dataset={dataset} has a vocabulary of {bins.vocab_size} ({bins.tokenizer}), the model of {vocab_size}: they do not fit')
+    fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
 if first:
@@ -163,7 +169,8 @@ if first:
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if resumed:  # moments and steps from the file, every hyperparameter from the knobs
-    optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': optimizer.state_dict()['param_groups']})
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': groups})
     if scaler.is_enabled() and resumed.get('scaler'):
         scaler.load_state_dict(resumed['scaler'])
     resumed = True  # its tensors live in model and optimizer now
@@ -174,9 +181,8 @@ if compile:
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# the order: raw_model, then DDP around it, then compile around both, so that its graph is cut where gradients are exchanged
-ddp_model = torch.nn.parallel.DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None) if ddp else None
-model = ddp_model or raw_model
+# the order: DDP around raw_model, compile around both, so that the graph is cut where gradients are exchanged
+model = ddp_model = DistributedDataParallel(raw_model) if ddp else raw_model
 if compile:
     model = torch.compile(model)
 
@@ -221,12 +227,12 @@ def save(name):
 
 
 def check_finite():
-    """End the run on all ranks, before anything is saved, if the gradient was not finite in an update since last time."""
+    """End the run on all ranks, before anything is saved, if a gradient since last time was not finite."""
     for i, norm in enumerate(torch.stack(norms).tolist() if norms else ()):
         if (not math.isfinite(norm) and not scaler.is_enabled()) or scaler.get_scale() < 1:
             at = iter_num - len(norms) + i
-            sys.exit(f'iter {at}: gradient norm {norm}, lr {lr:.3e}, loss scale {scaler.get_scale():g}: stopping, nothing is saved; '
-                     'a lower learning_rate or another dtype may help' if first else 1)
+            sys.exit(f'iter {at}: gradient norm {norm}, lr {lr:.3e}, loss scale {scaler.get_scale():g}: ended '
+                     'without a save; a lower learning_rate may help' if first else 1)
     norms.clear()
 
 
@@ -243,8 +249,8 @@ if iter_num >= max_iters and resumed:
     sys.exit()
 if first and (moved := ckpt.claim(out_dir, fresh=not resumed)):
     print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
-header = {'config': config, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type,
-          'dtype': dtype, 'compile': compile, 'processes': world_size, 'parameters': raw_model.get_num_params(), 'torch': torch.__version__}
+header = {'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile, 'processes': world_size,
+          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 
@@ -256,7 +262,7 @@ micro_steps = gradient_accumulation_steps // world_size
 norms = []  # gradient norms since check_finite, on the device
 mfu, eval_time = -1.0, 0.0
 started_at, saved_at = iter_num, iter_num if resumed else 0
-logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # training time since the last log line is spent + now - clock
+logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # trained since the last log line: spent + now - clock
 raw_model.train()
 
 while True:
@@ -271,7 +277,8 @@ while True:
         losses = evaluate()
         if first:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu})
+        log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                             'mfu': 100 * mfu})
         improved = losses['val'] < best_val_loss
         best_val_loss = min(losses['val'], best_val_loss)
         if iter_num > saved_at:
@@ -316,7 +323,7 @@ while True:
         left = (max_iters - iter_num) * (dt + eval_time / eval_interval)
         if first:
             print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s, {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left')
+                  f'{tokens_per_iter / dt:,.0f} tok/s, {datetime.timedelta(seconds=int(left))} left')
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=float(norm), ms=dt * 1000)
     if stop:
         check_finite()

@@ -24,7 +24,7 @@ import torch
 from data import DataError, codec
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
-HASHED_AT_OPEN = 1 << 26  # bytes: smaller bins are checked against their sha256 whenever they are opened (0.1 s at most)
+HASHED_AT_OPEN = 1 << 26  # bytes; smaller bins are checked against their sha256 whenever they are opened
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -49,8 +49,8 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
     is complete. Returns the index that bins.json holds. Raises DataError for an id outside the vocabulary.
     """
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
-    index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
-             'meta_sha256': None, 'splits': {}}
+    index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
+             'dtype': dtype, 'meta_sha256': None, 'splits': {}}
     os.makedirs(folder, exist_ok=True)
     _write_index(folder, index)
     names = []
@@ -60,7 +60,7 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
         with open(names[-1] + '.tmp', 'wb') as f:
             for ids in map(np.asarray, arrays):
                 if ids.max(initial=0) >= tokenizer.vocab_size:
-                    raise DataError(f'{split}: token id {ids.max()} is outside the vocabulary of {tokenizer.vocab_size}')
+                    raise DataError(f'{split}: token id {ids.max()}, vocabulary {tokenizer.vocab_size}')
                 raw = ids.astype(DTYPES[dtype]).tobytes()
                 f.write(raw)
                 digest.update(raw)
@@ -92,7 +92,7 @@ def report(index: dict, characters: int | None = None, expected: dict | None = N
     for split, entry in index['splits'].items():
         print(f'{split} has {entry["tokens"]:,} tokens, sha256 {entry["sha256"]}')
         if expected and entry['sha256'] != expected[split]:
-            raise DataError(f'{split}.bin should have sha256 {expected[split]}: the tokenizer here differs from the published one')
+            raise DataError(f'{split}.bin should have sha256 {expected[split]}: the tokenizer is another one')
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -117,11 +117,10 @@ def _read_index(folder: str, prepare: str) -> dict:
     except (ValueError, OSError, RecursionError) as e:
         raise DataError(f'{path} cannot be read ({type(e).__name__}): run {prepare} again') from e
     try:
-        right = (index['tokenizer'] in ('gpt2', 'char') and type(index['vocab_size']) is int and index['vocab_size'] > 0
-                 and index['dtype'] in DTYPES and all(type(e['tokens']) is int and type(e['sha256']) is str
-                                                      for e in index['splits'].values()))
-        if index['finished'] is True and right and not {'train', 'val'} <= set(index['splits']):
-            right = False
+        right = (index['tokenizer'] in ('gpt2', 'char') and index['dtype'] in DTYPES
+                 and type(index['vocab_size']) is int and index['vocab_size'] > 0
+                 and (not index['finished'] or {'train', 'val'} <= set(index['splits']))
+                 and all(type(e['tokens']) is int and type(e['sha256']) is str for e in index['splits'].values()))
     except (KeyError, TypeError, AttributeError):
         right = False
     if not right:
@@ -138,14 +137,14 @@ class Bins:
     """
 
     def __init__(self, dataset: str, block_size: int):
-        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)  # an absolute dataset stays what it is
+        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)  # absolute: as it is
         folder = folder if os.path.isdir(folder) else dataset
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
         prepare = f'python {os.path.join(folder, "prepare.py")}'
         self.folder, self.block_size = folder, block_size
         if not os.path.isdir(folder):
-            raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one; python data/NAME/prepare.py makes one')
+            raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
         self.state = self._codec_state(index, prepare)
@@ -162,7 +161,7 @@ class Bins:
                 raise DataError(f'{path} is not the file that bins.json describes: run {prepare} again')
         chars = codec.read_meta(path)
         if chars.vocab_size != self.vocab_size:
-            raise DataError(f'{path} has {chars.vocab_size} characters, bins.json {self.vocab_size}: run {prepare} again')
+            raise DataError(f'{path} has {chars.vocab_size} characters, not {self.vocab_size}: run {prepare} again')
         return chars.state()
 
     def _open(self, split: str, index: dict, prepare: str) -> np.ndarray:
@@ -172,13 +171,14 @@ class Bins:
             raise DataError(f'{path} is missing: run {prepare}')
         width, size = np.dtype(DTYPES[index['dtype']]).itemsize, os.path.getsize(path)
         if size % width:
-            raise DataError(f'{path} has {size:,} bytes, no multiple of {width}: it is damaged, run {prepare} again')
+            raise DataError(f'{path} is damaged, {size:,} bytes are no multiple of {width}: run {prepare} again')
         entry = index['splits'].get(split, {'tokens': size // width, 'sha256': None})
         if size // width != entry['tokens']:
-            raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: run {prepare} again')
+            raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: '
+                            f'run {prepare} again')
         if entry['tokens'] < self.block_size + 1:
-            raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs {self.block_size + 1:,}: '
-                            'take a smaller --block_size or more text')
+            raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
+                            f'{self.block_size + 1:,}: take a smaller --block_size or more text')
         tokens = np.memmap(path, DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): run {prepare} again')
@@ -191,12 +191,13 @@ class Bins:
         rows = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (n, block_size + 1)
         if rows.max(initial=0) >= self.vocab_size:
             r, t = np.argwhere(rows >= self.vocab_size)[0]
-            raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset {offsets[r] + t:,}; '
-                            f'vocab_size is {self.vocab_size}: the file and its tokenizer do not belong together', one_rank=True)
+            raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset '
+                            f'{offsets[r] + t:,}; vocab_size is {self.vocab_size}: run prepare.py again', one_rank=True)
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def train_batch(self, seed: int, step: int, row: int, rows: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def train_batch(self, seed: int, step: int, row: int, rows: int,
+                    batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Micro-batch `row` of the `rows` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
         raw = draw(rows * batch_size, seed, 'train', step)
         return self._sequences('train', raw[row * batch_size:(row + 1) * batch_size])

@@ -30,8 +30,9 @@ def save(path: str, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        kept = f'; the file that was there before is intact, {os.path.getsize(path):,} bytes' if os.path.exists(path) else ''
-        raise DataError(f'{path} could not be written ({e}){kept}: free some space or choose another out_dir', one_rank=True) from e
+        kept = '; the one that stood there is intact' if os.path.exists(path) else ''
+        raise DataError(f'{path} could not be written ({e}){kept}: free some space or choose another --out_dir',
+                        one_rank=True) from e
 
 
 def _plain(value) -> bool:
@@ -53,7 +54,7 @@ def load(path: str) -> dict:
     """
     folder, name = os.path.split(path)
     spare = [os.path.join(folder, n) for n in NAMES if n != name and os.path.isfile(os.path.join(folder, n))]
-    size = f'{os.path.getsize(path):,} bytes' if os.path.isfile(path) else 'a folder' if os.path.isdir(path) else 'missing'
+    size = f'{os.path.getsize(path):,} bytes' if os.path.isfile(path) else 'not a file'
     hint = f'; {spare[0]} stands beside it, move this one away to use that' if spare and name in NAMES else ''
     try:
         if not zipfile.is_zipfile(path):
@@ -67,14 +68,14 @@ def load(path: str) -> dict:
     except Exception as e:  # a broken file raises nearly anything
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
-        raise DataError(f'{path} ({size}) is not a checkpoint: it holds more than plain values and dense tensors{hint}')
+        raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
     if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
     return checkpoint
 
 
 def newest(folder: str) -> str | None:
-    """Path of the checkpoint in an out_dir that is further on, None where there is none. DataError if one is damaged."""
+    """Path of the checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
     there = [p for p in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(p)]
     return max(there, key=lambda p: load(p)['iter_num']) if len(there) > 1 else there[0] if there else None
 

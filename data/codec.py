@@ -26,8 +26,8 @@ def read_text(path: str, url: str | None = None, sha256: str | None = None) -> t
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
         except Exception as e:  # HTTP status, no network, cut short, wrong hash, disk
-            raise DataError(f'{path} could not be fetched ({type(e).__name__}: {e}). Without network: save {url} there by other '
-                            'means, or any UTF-8 text of your own, and run this again') from e
+            raise DataError(f'{path} could not be fetched ({type(e).__name__}: {e}). Without network: save {url} there '
+                            'by other means, or any UTF-8 text of your own, and run this again') from e
     with open(path, 'rb') as f:
         raw = f.read()
     published = hashlib.sha256(raw).hexdigest() == sha256
@@ -36,7 +36,7 @@ def read_text(path: str, url: str | None = None, sha256: str | None = None) -> t
     try:
         return raw.decode('utf-8-sig').replace('\r\n', '\n'), published
     except UnicodeDecodeError as e:
-        raise DataError(f'{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start:,}; convert it to UTF-8 first') from None
+        raise DataError(f'{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start:,}') from None
 
 
 class GPT2Codec:
@@ -53,10 +53,10 @@ class GPT2Codec:
             return tiktoken.get_encoding('gpt2')
         except Exception as e:  # requests, urllib3, tiktoken and the file system each raise their own
             raise DataError(
-                f'the GPT-2 tokenizer could not be loaded ({type(e).__name__}). Without network: fetch vocab.bpe and encoder.json '
-                'from https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ elsewhere, save them as '
-                '6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 in one folder, '
-                'and set TIKTOKEN_CACHE_DIR to its absolute path') from e
+                f'the GPT-2 tokenizer could not be loaded ({type(e).__name__}). Without network: fetch vocab.bpe and '
+                'encoder.json from https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ elsewhere, save '
+                'them as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 in '
+                'one folder, and set TIKTOKEN_CACHE_DIR to its absolute path') from e
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids of `text`, uint16. '<|endoftext|>' in it stays text unless special=True, which makes it the id 50256."""
@@ -79,7 +79,6 @@ class GPT2Codec:
 
     def decode_bytes(self, ids) -> bytes:
         """UTF-8 bytes of a sequence of ids, which may begin or end inside a character."""
-        ids = [int(i) for i in ids]
         if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise DataError(f'token id {bad[0]} is not in the GPT-2 vocabulary of {self.vocab_size}')
         return self.bpe.decode_bytes(ids)
@@ -106,8 +105,9 @@ class CharCodec:
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids of `text`, uint16 or, for large alphabets, uint32. DataError naming a character that has no id."""
         if unknown := sorted(set(text) - set(self.ids)):
-            raise DataError(f'character {unknown[0]!r} is not among the {self.vocab_size} the model knows: {self.chars!r}')
-        return np.fromiter(map(self.ids.__getitem__, text), np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, len(text))
+            raise DataError(f'character {unknown[0]!r} is not among the {self.vocab_size} known ones: {self.chars!r}')
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.fromiter(map(self.ids.__getitem__, text), dtype, len(text))
 
     def decode(self, ids) -> str:
         """Text of a sequence of ids. DataError for an id that has no character."""
@@ -131,8 +131,9 @@ def from_state(state: dict) -> GPT2Codec | CharCodec:
     """The codec that .state() of another described; what a checkpoint stores. DataError for anything else."""
     if state == {'tokenizer': 'gpt2'}:
         return GPT2Codec()
-    if isinstance(state, dict) and state.get('tokenizer') == 'char' and isinstance(state.get('chars'), str) and state['chars']:
-        return CharCodec(state['chars'])
+    chars = state.get('chars') if isinstance(state, dict) and state.get('tokenizer') == 'char' else None
+    if chars and type(chars) is str:
+        return CharCodec(chars)
     raise DataError('the tokenizer stored here is unknown; expected gpt2 or char')
 
 
@@ -155,7 +156,8 @@ def read_meta(path: str) -> CharCodec:
     n = meta.get('vocab_size') if isinstance(meta, dict) else None
     if type(n) is not int or not isinstance(itos, dict) or n < 1:
         raise DataError(f'{path} has no vocab_size or no itos: {again}')
-    if set(map(type, itos)) != {int} or sorted(itos) != list(range(n)) or any(type(c) is not str or len(c) != 1 for c in itos.values()):
+    if (set(map(type, itos)) != {int} or sorted(itos) != list(range(n))
+            or any(type(c) is not str or len(c) != 1 for c in itos.values())):
         raise DataError(f'{path} does not give one character to each of {n} ids: {again}')
     return CharCodec(''.join(itos[i] for i in range(n)))
 

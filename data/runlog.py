@@ -64,6 +64,7 @@ def _start_wandb(settings: dict, config: dict):
     except ImportError:
         why = 'wandb is not installed (pip install wandb)'
     except Exception as e:  # UsageError: no key; CommError: no network
-        why = f'wandb could not start ({type(e).__name__}: {" ".join(str(e).split())[:120]}); WANDB_MODE=offline needs no key or network'
+        why = (f'wandb could not start ({type(e).__name__}: {" ".join(str(e).split())[:120]}); '
+               'WANDB_MODE=offline needs neither key nor network')
     print(f'{why}. The run is logged to log.jsonl only.')
     return None

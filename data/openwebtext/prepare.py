@@ -2,8 +2,8 @@
 OpenWebText (Gokaslan and Cohen 2019, an open copy of GPT-2's training text) in GPT-2's tokens: 8,013,769 documents,
 9,035,582,198 tokens for training and 4,434,897 for validation, 18 GB.
 
-    python data/openwebtext/prepare.py               fetches the parquet files from the hub (24 GB; datasets' cache takes 54 GB)
-    python data/openwebtext/prepare.py FOLDER        reads *.parquet with a column `text` below FOLDER; no network
+    python data/openwebtext/prepare.py           fetches parquet files from the hub (datasets' cache takes 54 GB)
+    python data/openwebtext/prepare.py FOLDER    reads *.parquet with a column `text` below FOLDER; no network
 
 Documents are shuffled, then tokenized by all cores and streamed to disk in order: memory stays bounded, and any number
 of cores writes the same files. Each document ends with <|endoftext|>.
@@ -49,19 +49,20 @@ def tokenized(documents, pool, title):
 
 
 if __name__ == '__main__':
-    gpt2.bpe  # if the tokenizer cannot be had, that should be known before the download
+    gpt2.encode('')  # if the tokenizer cannot be had, that should be known before the download
     if sys.argv[1:]:
         files = sorted(glob.glob(os.path.join(sys.argv[1], '**', '*.parquet'), recursive=True))
         if not files:
             raise DataError(f'no *.parquet below {sys.argv[1]}')
         documents = load_dataset('parquet', data_files=files, split='train', columns=['text'])
-    else:  # main holds a loading script, which datasets no longer runs; this pull request holds the same text as parquet
+    else:  # main holds a loading script, which datasets no longer runs; this pull request holds its text as parquet
         documents = load_dataset('Skylion007/openwebtext', revision='refs/pr/18', split='train')
         if len(documents) != DOCUMENTS:
-            raise DataError(f'{len(documents):,} documents where {DOCUMENTS:,} were expected: the source has changed')
+            raise DataError(f'{len(documents):,} documents, expected {DOCUMENTS:,}: the source has changed')
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     with multiprocessing.get_context('spawn').Pool(os.cpu_count()) as pool:
-        index = bins.write(HERE, gpt2, train=tokenized(split['train'], pool, 'train'), val=tokenized(split['test'], pool, 'val'))
+        index = bins.write(HERE, gpt2, train=tokenized(split['train'], pool, 'train'),
+                           val=tokenized(split['test'], pool, 'val'))
     bins.report(index)
     if not sys.argv[1:] and {k: e['tokens'] for k, e in index['splits'].items()} != TOKENS:
         raise DataError(f'expected {TOKENS}: the source or the tokenizer has changed')
