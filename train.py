@@ -121,9 +121,11 @@ if first:
     print(f'device {device}, dtype {dtype}, processes {world_size}')
     print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
-# -- 2 data ---------------------------------------------------------------------------------------------------------
+# -- 2 data and out_dir ------------------------------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
+if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
+    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 
 
 def to_device(tensor):
@@ -148,6 +150,9 @@ try:
                 fail(f'block_size={block_size}, but the checkpoint has {value}: resume with --block_size={value}')
             if first and key in ('n_layer', 'n_head', 'n_embd', 'bias') and value != shape[key]:
                 print(f'{key}={value} comes from the checkpoint, {key}={shape[key]} is ignored')
+        for key, value in resumed.get('config', {}).items():
+            if first and key in config and key not in (*shape, 'init_from', 'out_dir') and config[key] != value:
+                print(f'resumed with {key}={config[key]}, it was {value}')
         raw_model = GPT.from_checkpoint(resumed, dropout=dropout)
         iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
     else:
@@ -226,14 +231,17 @@ def save(name):
             os.remove(os.path.join(out_dir, 'last.pt'))
 
 
-def check_finite():
-    """End the run on all ranks, before anything is saved, if a gradient since last time was not finite."""
-    for i, norm in enumerate(torch.stack(norms).tolist() if norms else ()):
-        if (not math.isfinite(norm) and not scaler.is_enabled()) or scaler.get_scale() < 1:
-            at = iter_num - len(norms) + i
-            sys.exit(f'iter {at}: gradient norm {norm}, lr {lr:.3e}, loss scale {scaler.get_scale():g}: ended '
-                     'without a save; a lower learning_rate may help' if first else 1)
+def check_finite(*losses):
+    """End the run on all ranks, before anything is saved, if a gradient since last time or a loss is not finite."""
+    steps = range(iter_num - len(norms), iter_num)
+    values = dict(zip(steps, torch.stack(norms).tolist() if norms else ()))
     norms.clear()
+    # float16 skips an update with such a gradient and lowers its loss scale; normal as long as that stays above 1
+    bad = [step for step, norm in values.items() if not (math.isfinite(norm) or scaler.is_enabled())]
+    if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
+        at = bad[0] if bad else iter_num - 1
+        sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr:.3e}, loss scale '
+                 f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
 
 
 # -- 6 the loop -----------------------------------------------------------------------------------------------------
@@ -247,16 +255,22 @@ if iter_num >= max_iters and resumed:
     if first:
         print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
     sys.exit()
-if first and (moved := ckpt.claim(out_dir, fresh=not resumed)):
-    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 header = {'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile, 'processes': world_size,
           'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 
 signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+
+def on_signal(number, frame):
+    signals.append(number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
 
 micro_steps = gradient_accumulation_steps // world_size
 norms = []  # gradient norms since check_finite, on the device
@@ -275,6 +289,7 @@ while True:
         check_finite()
         spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
         losses = evaluate()
+        check_finite(*losses.values())
         if first:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
@@ -312,9 +327,9 @@ while True:
     # log; the ranks also agree here on whether one of them was told to stop
     stop = bool(signals) and not ddp
     if (iter_num - 1) % log_interval == 0:
-        norm = norms[-1]
+        norm = float(norms[-1])
         loss, stop = mean_over_ranks(loss_sum, float(bool(signals)))
-        check_finite()
+        check_finite(loss)
         dt = (spent + time.perf_counter() - clock) / (iter_num - logged_at)
         logged_at, spent, clock = iter_num, 0.0, time.perf_counter()
         if iter_num - started_at > 5:  # the first few are slower: compilation, caches
@@ -324,7 +339,7 @@ while True:
         if first:
             print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
                   f'{tokens_per_iter / dt:,.0f} tok/s, {datetime.timedelta(seconds=int(left))} left')
-        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=float(norm), ms=dt * 1000)
+        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
     if stop:
         check_finite()
         if iter_num > saved_at:
