@@ -121,7 +121,7 @@ if first:
     print(f'device {device}, dtype {dtype}, processes {world_size}')
     print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
-# -- 2 data and out_dir ------------------------------------------------------------------------------------------------
+# -- 2 data and out_dir ---------------------------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
 if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
