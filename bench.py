@@ -1,14 +1,16 @@
 """
-Time a training step: of train.py itself, run from here with the knobs below, not of a copy of its loop.
+Time what train.py and sample.py really do, beside what the hardware can do. Nothing here is a copy of their loops.
 
-    python bench.py                                          GPT-2 124M on openwebtext
-    python bench.py --real_data=False                        the same on random tokens; needs no dataset
-    python bench.py --real_data=False --profile=True         and where the time goes: bench_profile/trace.json
+    python bench.py                                       a training step of GPT-2 124M on openwebtext
+    python bench.py --real_data=False --compare=True      on random tokens, and transformers' GPT-2 beside it
+    python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
+    python bench.py --mode=sample --batch_size=1          tokens per second of generation
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU
 """
 
 import os
 import runpy
+import statistics
 import sys
 import tempfile
 import time
@@ -16,9 +18,11 @@ import time
 import torch
 
 from data import bins, codec
+from model import GPT, GPTConfig, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
+mode = 'train'  # train: steps of train.py; sample: tokens, as sample.py draws them
 batch_size = 12
 block_size = 1024
 bias = False
@@ -26,73 +30,217 @@ real_data = True  # False: random tokens, drawn here
 seed = 1337
 device = 'auto'
 dtype = 'auto'
-compile = True
+compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
+compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
 dataset = 'openwebtext'
 n_layer = 12
 n_head = 12
 n_embd = 768
+dropout = 0.0
 gradient_accumulation_steps = 1
 warmup_steps = 10  # not timed: compilation, caches, clocks
 steps = 20  # timed
+prompt_tokens = 16  # mode=sample
+max_new_tokens = 256  # mode=sample
+top_k = 200  # mode=sample
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-if problems := [f'{name}={config[name]} must be at least 1' for name in ('warmup_steps', 'steps') if config[name] < 1]:
+positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens')
+problems = [f'{name}={config[name]} must be at least 1' for name in positive if config[name] < 1]
+if mode not in ('train', 'sample'):
+    problems.append(f'mode={mode}: choose train or sample')
+try:
+    where, number_format = resolve(device, dtype)
+    gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
+    GPTConfig(**gpt2)
+except ValueError as e:
+    problems += e.args
+if problems:
     fail(*problems)
-
-# -- train.py, watched ----------------------------------------------------------------------------------------------
-
-
-class Enough(Exception):
-    """Raised out of train.py's loop when the last timed step is done."""
+where, number_format = torch.device(where), getattr(torch, number_format)
+cuda = where.type == 'cuda'
 
 
 def now() -> float:
     """Seconds, when the device has caught up."""
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def watch(step, model):
-    """train.py calls this after every update."""
-    if step == warmup_steps:
-        if profile:
-            profiler.start()
-        times.append(now())
-    elif step == warmup_steps + steps:
-        times.append(now())
-        if profile:
-            profiler.stop()
-        models.append(model)
-        raise Enough
+def seconds(work, repeats: int = 5) -> float:
+    """Median duration of a call, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = now()
+        work()
+        times.append(now() - start)
+    return statistics.median(times[1:])
 
 
-times, models = [], []
-activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
-profiler = torch.profiler.profile(activities=activities)
-here = os.path.dirname(os.path.abspath(__file__))
-with tempfile.TemporaryDirectory() as scratch:
-    if not real_data:
-        ids = bins.draw(20 * (block_size + 1), seed, 'bench') % 50257
-        bins.write(os.path.join(scratch, 'data'), codec.GPT2Codec(), train=[ids], val=[ids])
-        dataset = os.path.join(scratch, 'data')
-    passed_on = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'dataset', 'n_layer',
-                 'n_head', 'n_embd', 'gradient_accumulation_steps')
-    sys.argv[1:] = [f'--{name}={globals()[name]}' for name in passed_on]
-    sys.argv += [f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}', '--warmup_iters=0']
-    try:
-        runpy.run_path(os.path.join(here, 'train.py'), init_globals={'on_step': watch}, run_name='__main__')
-    except Enough:
-        pass
+def measure_ceilings() -> float:
+    """Print what a large matmul and a large copy reach here; returns the matmul's FLOP/s."""
+    n = 8192 if cuda else 2048
+    a, b = (torch.randn(n, n, device=where, dtype=number_format) for _ in range(2))
+    peak = 2 * n**3 / seconds(lambda: a @ b, 20)
+    block = torch.empty(1 << 30 if cuda else 1 << 27, dtype=torch.uint8, device=where)
+    bandwidth = 2 * block.numel() / seconds(block.clone, 20)
+    name = torch.cuda.get_device_name(where) if cuda else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{name}, torch {torch.__version__}: {number_format} matmul of {n}^3 {peak / 1e12:.2f} TFLOP/s, '
+          f'copy {bandwidth / 1e9:.0f} GB/s read and written')
+    return peak
 
-dt = (times[1] - times[0]) / steps
-tokens = batch_size * block_size * gradient_accumulation_steps
-if profile:
+
+def transformers_gpt2():
+    """transformers' GPT-2 of the same shape with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(
+        n_positions=block_size, vocab_size=50304, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=dropout, loss_type='ForCausalLM')).to(where)
+
+
+# -- a training step ------------------------------------------------------------------------------------------------
+
+KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'), 'matmul': ('nvjet', 'gemm', 'cutlass', '::mm', 'addmm'),
+         'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
+         'loss': ('softmax', 'cross_entropy', 'nll'), 'GELU': ('gelu',), 'LayerNorm': ('layer_norm',),
+         'embedding': ('embedding', 'index_put', 'scatter'), 'copies': ('memcpy', 'memset', 'copy')}
+
+
+def time_train() -> float:
+    """Seconds per update of train.py, run with our knobs and watched through on_step."""
+    class Enough(Exception):
+        """Raised out of train.py's loop when the last timed step is done."""
+
+    times = []
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile else None
+
+    def watch(step, model):
+        if step >= warmup_steps:
+            if step == warmup_steps and profiler:
+                profiler.start()
+            times.append(now() if step in (warmup_steps, warmup_steps + steps) else None)
+        if step == warmup_steps + steps:
+            if profiler:
+                profiler.stop()
+            raise Enough(model)
+
+    here = os.path.dirname(os.path.abspath(__file__))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = dataset
+        if not real_data:
+            source = os.path.join(scratch, 'data')
+            ids = bins.draw(64 * (block_size + 1), seed, 'bench') % 50257
+            bins.write(source, codec.GPT2Codec(), train=[ids], val=[ids])
+        names = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'n_layer', 'n_head', 'n_embd',
+                 'dropout', 'gradient_accumulation_steps')
+        sys.argv = ['train.py', *(f'--{name}={config[name]}' for name in names), f'--dataset={source}',
+                    f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}']
+        try:
+            runpy.run_path(os.path.join(here, 'train.py'), init_globals={'on_step': watch}, run_name='__main__')
+        except Enough as e:
+            model, = e.args
+    if profiler:
+        show_profile(profiler)
+    dt = (times[-1] - times[0]) / steps
+    tokens = batch_size * block_size * gradient_accumulation_steps
+    memory = f', peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
+    share = model.flops_per_token() * tokens / dt / peak
+    print(f'{tokens / dt:,.0f} tok/s, {share:.1%} of the measured matmul peak{memory}')
+    mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt)
+    print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
+    return dt
+
+
+def show_profile(profiler) -> None:
+    """A table of device time by kind of work, and the trace."""
     os.makedirs('bench_profile', exist_ok=True)
     profiler.export_chrome_trace(os.path.join('bench_profile', 'trace.json'))
-    key = 'self_cuda_time_total' if torch.cuda.is_available() else 'self_cpu_time_total'
-    print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
-print(f'{tokens / dt:,.0f} tokens per second')
-mfu = models[0].estimate_mfu(batch_size * gradient_accumulation_steps, dt)
-print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
+    kinds, costly = {}, []
+    for event in profiler.key_averages():
+        kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        spent = (event.self_device_time_total if kernel else event.self_cpu_time_total) / 1e3 / steps  # ms
+        if spent and kernel == cuda and not event.is_user_annotation:
+            name = event.key.lower()
+            kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), 'other')
+            kinds[kind] = kinds.get(kind, 0) + spent
+            costly.append((spent, event.count // steps, event.key))
+    whole = sum(kinds.values())
+    for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f'{kind:24}{spent:10.3f} ms a step{spent / whole:8.1%}')
+    for spent, count, key in sorted(costly, reverse=True)[:25]:
+        print(f'  {spent:8.3f} ms {count:4} x {key[:100]}')
+
+
+def time_plain_train() -> float:
+    """Seconds per update of transformers' GPT-2 in a plain loop: autocast, fused AdamW, clipping; compiled as ours."""
+    model = transformers_gpt2()
+    forward = torch.compile(model) if compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(50257, (batch_size, block_size), device=where)
+
+    def update():
+        for _ in range(gradient_accumulation_steps):
+            with torch.autocast(where.type, number_format, enabled=number_format != torch.float32):
+                loss = forward(ids, labels=ids).loss
+            (loss / gradient_accumulation_steps).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(warmup_steps):
+        update()
+    start = now()
+    for _ in range(steps):
+        update()
+    return (now() - start) / steps
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+def time_sample() -> None:
+    """Print tokens per second of GPT.generate, and of what else does the same."""
+    model = GPT(GPTConfig(**gpt2)).eval().to(where, number_format)
+    prompt = torch.randint(50257, (batch_size, prompt_tokens), device=where)
+    made = batch_size * max_new_tokens
+
+    def report(what, dt, tokens=made, than=None):
+        print(f'{what}: {tokens / dt:,.0f} tok/s, {dt * batch_size / tokens * 1e3:.3f} ms a step'
+              + (f'; {dt / tokens * made / than:.1f} times as long as ours' if than else ''))
+        return dt
+
+    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
+        lambda: model.generate(prompt, max_new_tokens, 1.0, top_k, vocab_size=50257, compiled=compile), 3))
+    if not compare:
+        return
+
+    few = min(max_new_tokens, 64)
+
+    @torch.inference_mode()
+    def no_cache():  # not the whole length, but the same mean context
+        idx = torch.randint(50257, (batch_size, prompt_tokens + (max_new_tokens - few) // 2), device=where)
+        for _ in range(few):
+            logits = model(idx[:, -block_size:])[0][:, -1]
+            kth = logits.topk(top_k).values[:, -1:]
+            p = torch.softmax(logits.masked_fill(logits < kth, -float('inf')), dim=-1)
+            idx = torch.cat((idx, torch.multinomial(p, 1)), dim=1)
+
+    report('a loop without a cache', seconds(no_cache, 1), batch_size * few, ours)
+    hf = transformers_gpt2().eval().to(number_format)
+    cache = {'cache_implementation': 'static'} if cuda else {}
+    report(f'transformers, {"compiled static" if cuda else "its"} cache', seconds(lambda: hf.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=top_k, max_new_tokens=max_new_tokens,
+        min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), than=ours)
+
+
+peak = measure_ceilings()
+if mode == 'sample':
+    time_sample()
+else:
+    ours = time_train()
+    if compare:
+        plain = time_plain_train()
+        print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '
+              f'{plain / ours:.3f} times as long as ours')

@@ -7,9 +7,11 @@ The GPT: configuration, blocks, loss, generation, weights in and out, optimizer 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V = vocab_size.
 """
 
+import functools
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +54,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
+    def forward(self, x: torch.Tensor, past: 'Past | None' = None) -> torch.Tensor:
+        """x: (B, T, C) -> (B, T, C). With `past`, the keys and values of earlier tokens, x is what follows them."""
         B, T, C = x.shape
         # 3 times (B, nh, T, hs)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        k, v, mask = past.extend(k, v) if past else (k, v, None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -86,10 +90,54 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: 'Past | None' = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
+
+
+class Past:
+    """One layer's share of a KVCache, handed to its attention."""
+
+    def __init__(self, kv: torch.Tensor, cache: 'KVCache'):
+        self.kv, self.cache = kv, cache
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Store keys and values (B, nh, T, hs) of the next T tokens; return those they may attend to, and the mask."""
+        self.kv[0].index_copy_(2, self.cache.at, k)
+        self.kv[1].index_copy_(2, self.cache.at, v)
+        if self.cache.mask is None:  # a prompt, which sees itself alone, causally
+            return k, v, None
+        return self.kv[0, :, :, :self.cache.reach], self.kv[1, :, :, :self.cache.reach], self.cache.mask
+
+
+class KVCache:
+    """
+    Keys and values of the tokens read so far, (n_layer, 2, B, nh, S, hs): a step of generation then reads one token.
+    `pos` counts those tokens on the device, so that a step is the same kernels every time and can be captured.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, device: torch.device, dtype: torch.dtype):
+        self.kv = torch.zeros(config.n_layer, 2, batch, config.n_head, size, config.n_embd // config.n_head,
+                              device=device, dtype=dtype)
+        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.layers = [Past(kv, self) for kv in self.kv]
+
+    def read(self, T: int, reach: int) -> torch.Tensor:
+        """Get ready for T more tokens, the last of them at a position below `reach`; returns their positions (T,)."""
+        self.reach = reach
+        self.at = self.pos + torch.arange(T, device=self.pos.device)
+        self.mask = None
+        if T == 1:  # one query sees the filled part of `reach` slots
+            seen = torch.arange(reach, device=self.pos.device) <= self.pos
+            self.mask = torch.where(seen, 0.0, -math.inf).to(self.kv.dtype).expand(1, 1, 1, reach)
+        self.pos += T
+        return self.at
+
+    @staticmethod
+    def nbytes(config: GPTConfig, batch: int, size: int, dtype: torch.dtype) -> int:
+        """Memory of a cache."""
+        return 2 * config.n_layer * batch * size * config.n_embd * dtype.itemsize
 
 
 class GPT(nn.Module):
@@ -112,10 +160,11 @@ class GPT(nn.Module):
             elif p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                keep_logits: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True,
+                cache: KVCache | None = None, reach: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
-        idx: (B, T) token ids, T <= block_size; targets: (B, T) ids, -1 where no loss is wanted.
+        idx: (B, T) token ids, T <= block_size; targets: (B, T) ids, -1 where no loss is wanted. With a cache, idx is
+        what follows the tokens it holds: a prompt, then one token at a time, each at a position below `reach`.
         Returns (logits, loss): without targets (B, 1, V) for the last position and None; with targets (B, T, V), or
         None where keep_logits is False so that they need not outlive the loss, and the mean cross-entropy in nats.
         Raises ValueError for a sequence longer than block_size.
@@ -124,10 +173,10 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f'a sequence of {T} tokens is longer than block_size={self.config.block_size}')
         tok = self.transformer.wte(idx)  # (B, T, C)
-        pos = self.transformer.wpe.weight[:T]  # (T, C)
+        pos = self.transformer.wpe(cache.read(T, reach)) if cache else self.transformer.wpe.weight[:T]  # (T, C)
         x = self.transformer.drop(tok + pos)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache.layers[i] if cache else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -135,25 +184,71 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits if keep_logits else None, loss
 
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 **options) -> torch.Tensor:
+        """Continue idx (B, T) by max_new_tokens ids: (B, T + max_new_tokens). See stream() for the options."""
+        return torch.stack((*idx.T, *self.stream(idx, max_new_tokens, temperature, top_k, **options)), dim=1)
+
     @torch.inference_mode()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, vocab_size: int | None = None) -> torch.Tensor:
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float = 1.0, vocab_size: int | None = None, uniforms: torch.Tensor | None = None,
+               compiled: bool = False) -> Iterator[torch.Tensor]:
         """
-        Continue idx (B, T) by max_new_tokens sampled ids: (B, T + max_new_tokens). The model sees the last block_size
-        tokens. temperature 0 is greedy; top_k keeps the k likeliest ids (None or 0: all); vocab_size excludes the ids
-        of a padded vocabulary from there on. Sampling uses torch's generator.
+        Yield the ids (B,) that continue idx (B, T), position by position; the model sees the last block_size tokens.
+        temperature 0 is greedy; top_k keeps the k likeliest ids (None or 0: all), top_p the fewest that have
+        this much probability together (Holtzman et al. 2019); ids from vocab_size on, a padding, are never drawn.
+        A token is the inverse of the distribution's CDF at uniforms (B, max_new_tokens) in [0, 1); by default they come
+        from torch's CPU generator. On CUDA a step is captured once per BUCKET of positions and replayed.
         """
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size].float()  # (B, V)
-            if top_k:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
+        (B, T), S, device = idx.shape, self.config.block_size, idx.device
+        if uniforms is None:
+            uniforms = torch.rand(B, max_new_tokens)
+        u = uniforms.to(device).T.contiguous()  # (max_new_tokens, B)
+        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1).T.contiguous()  # (T + max_new_tokens, B)
+        at = torch.tensor([T], device=device)  # where in `out` the next token goes
+
+        def put(logits: torch.Tensor) -> None:
+            now = u.index_select(0, at - T)[0]  # (B,)
+            ids = sample_ids(logits[:, -1, :vocab_size].float(), now, temperature, top_k, top_p)
+            out.index_copy_(0, at, ids[None])
+            at.add_(1)
+
+        def read_prompt() -> None:
+            put(self(out[:T].T, cache=cache, reach=T)[0])
+
+        def read_token(reach: int) -> None:
+            put(self(out.index_select(0, at - 1).T, cache=cache, reach=reach)[0])
+
+        def read_window() -> None:  # past block_size every position shifts, so nothing of the cache stays true
+            put(self(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
+
+        bucket = BUCKET if device.type == 'cuda' else 1
+        cached = min(S, T + max_new_tokens - 1)  # tokens that are ever read through the cache
+        size = min(S, -(-cached // bucket) * bucket)
+        cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
+        if compiled:
+            bucket, read_token, read_window = S, torch.compile(read_token), torch.compile(read_window)
+        step, key = None, None
+        for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
+            if t == T and T <= S:
+                read_prompt()
             else:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-            idx = torch.cat((idx, new), dim=1)
-        return idx
+                reach = min(size, -(-t // bucket) * bucket) if t <= S else None
+                if reach != key:
+                    key, step = reach, None
+                run = functools.partial(read_token, reach) if t <= S else read_window
+                if device.type != 'cuda':
+                    run()
+                elif step:
+                    step.replay()
+                else:  # once for real, to warm up, then captured for the rest of the bucket
+                    run()
+                    step = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(step):
+                        run()
+            yield out[t]
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -256,6 +351,27 @@ class GPT(nn.Module):
         return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()})
 
 
+BUCKET = 128  # a step on CUDA attends to the filled part of the cache, rounded up to a multiple of this
+
+
+def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
+               top_p: float) -> torch.Tensor:
+    """Token ids (B,) from logits (B, V) and uniforms u (B,): the inverse CDF, ids in their order, after the cuts."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        likely = p.sort(-1, descending=True).values
+        enough = ((likely.cumsum(-1) - likely) < top_p).sum(-1, keepdim=True)  # how many it takes, at least one
+        p = p.masked_fill(p < likely.gather(-1, (enough - 1).clamp(min=0)), 0.0)
+    cdf = p.cumsum(-1)
+    whole = cdf[:, -1:]
+    return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
+
+
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
     """Learning rate of update `it`: linear warm-up, half a cosine to min_lr (Loshchilov and Hutter 2016)."""
     if it < warmup_iters:
@@ -286,6 +402,16 @@ def peak_flops(device: torch.device) -> float | None:
     if 'Laptop' in name:  # those parts share a desktop card's name, not its peak
         return None
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name)), None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU an estimate, and no limit where the system does not tell."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 1 << 62
 
 
 def resolve(device: str, dtype: str) -> tuple[str, str]:

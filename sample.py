@@ -7,14 +7,16 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
     python sample.py --start=FILE:prompt.txt
 """
 
-import contextlib
+import codecs
 import os
 
+import numpy as np
 import torch
 
 from data import checkpoint as ckpt
 from data import codec
-from model import GPT, resolve
+from data.bins import draw
+from model import GPT, KVCache, free_memory, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -25,10 +27,13 @@ num_samples = 10
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # 1.0: as trained; below: likelier text; 0: always the likeliest token
 top_k = 200  # draw among the k likeliest tokens; 0: among all
-seed = 1337
+top_p = 1.0  # draw among the fewest tokens that have this much probability together; 1.0: among all
+stop = ''  # end a sample where this text appears in it; <|endoftext|> for GPT-2's end of a document
+stream = False  # show the first sample while it is made; with num_samples=1 it always is
+seed = 1337  # sample i follows from (seed, i), whatever the number of samples
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
 dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the device computes in natively
-compile = False  # torch.compile the model; pays only for very many tokens
+compile = False  # torch.compile a step; takes most of a minute, pays for very many tokens
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 problems = [message for bad, message in [
@@ -36,6 +41,7 @@ problems = [message for bad, message in [
     (max_new_tokens < 1, f'max_new_tokens={max_new_tokens} must be at least 1'),
     (not temperature >= 0, f'temperature={temperature} must not be negative; 0 always takes the likeliest token'),
     (top_k < 0, f'top_k={top_k} must not be negative; 0 is off'),
+    (not 0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off'),
 ] if bad]
 try:
     device, dtype = resolve(device, dtype)
@@ -73,13 +79,9 @@ except (ValueError, OSError) as e:
 vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
-torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')
-model.eval().to(device)
-if compile:
-    model.forward = torch.compile(model.forward, dynamic=True)
-device_type = device.partition(':')[0]
-autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+dtype = getattr(torch, dtype)
+model.eval().to(device, dtype)
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 
@@ -88,9 +90,47 @@ if not start:
 ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')
-prompt = torch.tensor(ids.astype('int64'), device=device).expand(num_samples, -1)  # (num_samples, T)
-with autocast:
-    samples = model.generate(prompt, max_new_tokens, temperature, top_k, vocab_size=tokenizer.vocab_size)
-for sample in samples.tolist():
-    print(tokenizer.decode(sample))
+ids = ids[-model.config.block_size:].tolist()
+need = KVCache.nbytes(model.config, num_samples, min(model.config.block_size, len(ids) + max_new_tokens), dtype)
+free = free_memory(torch.device(device))
+if need > free:
+    fail(f'num_samples={num_samples} need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')
+prompt = torch.tensor(ids, device=device).expand(num_samples, -1)  # (num_samples, T)
+# 24 bits of each uint64: exact in float32, and below 1
+uniforms = np.stack([draw(max_new_tokens, seed, 'sample', i) >> 40 for i in range(num_samples)]) / np.float32(1 << 24)
+steps = model.stream(prompt, max_new_tokens, temperature, top_k, top_p=top_p, vocab_size=tokenizer.vocab_size,
+                     uniforms=torch.from_numpy(uniforms.astype(np.float32)), compiled=compile)
+
+
+def until_stop(text):
+    """The text as far as the stop text, and whether that was in it."""
+    head, found, _ = text.partition(stop) if stop else (text, '', '')
+    return head, bool(found)
+
+
+made = []  # ids (num_samples,), one tensor a step
+live = stream or num_samples == 1
+if live:
+    print(start, end='', flush=True)
+    decoder, text, shown = codecs.getincrementaldecoder('utf-8')('replace'), '', 0
+for step in steps:
+    made.append(step)
+    if live:  # a token may be half a character, and the end of the text half the stop text: both wait for the rest
+        text, ended = until_stop(text + decoder.decode(tokenizer.decode_bytes(step[:1].tolist())))
+        sure = len(text) if ended else max(shown, len(text) - max(0, len(stop) - 1))
+        print(text[shown:sure], end='', flush=True)
+        shown = sure
+        live = not ended
+        if ended and num_samples == 1:
+            break
+    elif stop and len(made) % 16 == 0:  # now and then, since looking at the tokens waits for the device
+        if all(until_stop(tokenizer.decode(sample))[1] for sample in torch.stack(made, dim=1).tolist()):
+            break
+steps.close()
+first_shown = stream or num_samples == 1
+if first_shown:
+    print(text[shown:] if live else '')
+    print('---------------')
+for sample in torch.stack(made, dim=1).tolist()[first_shown:]:
+    print(start + until_stop(tokenizer.decode(sample))[0])
     print('---------------')
