@@ -140,6 +140,31 @@ class KVCache:
         return 2 * config.n_layer * batch * size * config.n_embd * dtype.itemsize
 
 
+class FusedCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy of logits x @ weight.T against targets, x: (N, C), weight: (V, C), targets: (N,) with -1 where no
+    loss is wanted. The gradient of the logits is made in the forward pass, while they are at hand: compiled, one kernel
+    reads them and writes it, and they are never read again. Only worth it compiled; F.cross_entropy is its plain twin.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = (x @ weight.t()).float()  # (N, V); stored in the dtype of x, since it only feeds what follows
+        wanted, n = targets != -1, (targets != -1).sum()
+        lse = logits.logsumexp(-1, keepdim=True)
+        hit = torch.arange(logits.size(1), device=x.device) == targets[:, None]
+        grad = (((logits - lse).exp() - hit.float()) * wanted[:, None] / n).to(x.dtype)
+        picked = logits.gather(1, targets.clamp(min=0)[:, None])
+        ctx.save_for_backward(grad, x, weight)
+        return ((lse - picked)[:, 0] * wanted).sum() / n
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        grad, x, weight = ctx.saved_tensors
+        scale = scale.to(x.dtype)
+        return (grad @ weight) * scale, grad.t() @ (x * scale), None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -175,11 +200,17 @@ class GPT(nn.Module):
         tok = self.transformer.wte(idx)  # (B, T, C)
         pos = self.transformer.wpe(cache.read(T, reach)) if cache else self.transformer.wpe.weight[:T]  # (T, C)
         x = self.transformer.drop(tok + pos)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if dtype == torch.bfloat16:
+            x = x.to(dtype)  # the residual stream too: half the traffic between blocks; LayerNorm computes in float32
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache.layers[i] if cache else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not keep_logits and dtype != torch.float16:
+            x, weight = x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
+            return None, FusedCrossEntropy.apply(x, weight, targets.flatten())
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits if keep_logits else None, loss
@@ -230,24 +261,17 @@ class GPT(nn.Module):
         cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
         if compiled:
             bucket, read_token, read_window = S, torch.compile(read_token), torch.compile(read_window)
-        step, key = None, None
+        reach, step = 0, None
         for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
             if t == T and T <= S:
                 read_prompt()
             else:
-                reach = min(size, -(-t // bucket) * bucket) if t <= S else None
-                if reach != key:
-                    key, step = reach, None
-                run = functools.partial(read_token, reach) if t <= S else read_window
-                if device.type != 'cuda':
-                    run()
-                elif step:
-                    step.replay()
-                else:  # once for real, to warm up, then captured for the rest of the bucket
-                    run()
-                    step = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(step):
-                        run()
+                if t <= S and t > reach:  # the next bucket
+                    reach = min(size, -(-t // bucket) * bucket)
+                    step = captured(functools.partial(read_token, reach), device)
+                elif t > S and (t == S + 1 or t == T):
+                    step = captured(read_window, device)
+                step()
             yield out[t]
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -349,6 +373,35 @@ class GPT(nn.Module):
         conv1d = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
         state = hf.state_dict()
         return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()})
+
+
+def captured(function, device: torch.device):
+    """
+    A function of tensors of fixed shapes, of which the first call runs as it is and later ones replay it as one CUDA
+    graph: arguments are copied into the graph's own, the result is the graph's own and changes with the next call.
+    The function must not wait for the device. On other devices it is returned as it is.
+    """
+    if device.type != 'cuda':
+        return function
+    state = []  # nothing; then True: warmed up; then graph, arguments, result
+
+    def call(*args):
+        if not state:
+            state.append(True)
+            return function(*args)
+        if len(state) == 1:
+            graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(graph):
+                result = function(*inputs)
+            state[:] = graph, inputs, result
+        graph, inputs, result = state
+        for mine, given in zip(inputs, args):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return result
+
+    return call
 
 
 BUCKET = 128  # a step on CUDA attends to the filled part of the cache, rounded up to a multiple of this

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
 from data.runlog import RunLog
-from model import GPT, PUBLISHED, GPTConfig, cosine_lr, resolve
+from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ if compile:
 # the order: DDP around raw_model, compile around both, so that the graph is cut where gradients are exchanged
 model = ddp_model = DistributedDataParallel(raw_model) if ddp else raw_model
 if compile:
-    model = torch.compile(model)
+    model = torch.compile(model, dynamic=False)  # evaluation has its own batch size and its own graph
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
 
@@ -206,15 +206,17 @@ def mean_over_ranks(*values):
 def evaluate():
     """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
     raw_model.eval()
-    sums = {}
+    count, sums = eval_iters * batch_size, {}
+    # larger batches than in training keep a device busy with a small model, as long as their logits stay small
+    fit = min((1 << 17 if device_type == 'cuda' else 1 << 13) // block_size, (1 << 28) // (block_size * vocab_size))
+    rows = min(max(fit, batch_size), -(-count // world_size))
     for split in ('train', 'val'):
         sums[split] = torch.zeros((), device=device)
-        for x, y, n in bins.eval_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
+        for x, y, n in bins.eval_batches(split, count, rows, rank, world_size):
             with autocast():
                 sums[split] += n * model(to_device(x), to_device(y), keep_logits=False)[1]
     raw_model.train()
-    return {split: total * world_size / (eval_iters * batch_size)
-            for split, total in zip(sums, mean_over_ranks(*sums.values()))}
+    return {split: total * world_size / count for split, total in zip(sums, mean_over_ranks(*sums.values()))}
 
 
 def save(name):
@@ -222,8 +224,11 @@ def save(name):
     if not first:
         return
     print(f'saving checkpoint to {out_dir}')
+    optimizer_state = optimizer.state_dict()
+    for group in optimizer_state['param_groups']:
+        group.update(lr=lr, capturable=False)  # plain values, whatever the device needed
     ckpt.save(os.path.join(out_dir, name), {
-        'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
+        'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args,
         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
         'codec': bins.state, 'scaler': scaler.state_dict(), 'dtype': dtype})
     if name == 'ckpt.pt':
@@ -244,7 +249,39 @@ def check_finite(*losses):
                  f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
 
 
-# -- 6 the loop -----------------------------------------------------------------------------------------------------
+# -- 6 an update ----------------------------------------------------------------------------------------------------
+
+micro_steps = gradient_accumulation_steps // world_size
+loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
+
+
+def forward_backward(x, y):
+    """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
+    with autocast():
+        _, loss = model(x, y, keep_logits=False)
+    scaler.scale(loss / micro_steps).backward()
+    loss_sum.add_(loss.detach() / micro_steps)
+
+
+def clip_and_step():
+    """Clip the gradients, update the parameters, clear the gradients; returns the norm before clipping."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=not capture)
+    return norm
+
+
+# a small model is done before the host has launched its next kernels: replayed as CUDA graphs it need not wait for them
+work = raw_model.flops_per_token() * batch_size * block_size
+capture = device_type == 'cuda' and not ddp and not scaler.is_enabled() and work < 4e12
+if capture:
+    for group in optimizer.param_groups:
+        group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
+    forward_backward, clip_and_step = (captured(f, torch.device(device)) for f in (forward_backward, clip_and_step))
+
+# -- 7 the loop -----------------------------------------------------------------------------------------------------
 
 if eval_only:
     losses = evaluate()
@@ -272,7 +309,6 @@ def on_signal(number, frame):
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
 
-micro_steps = gradient_accumulation_steps // world_size
 norms = []  # gradient norms since check_finite, on the device
 mfu, eval_time = -1.0, 0.0
 started_at, saved_at = iter_num, iter_num if resumed else 0
@@ -282,7 +318,7 @@ raw_model.train()
 while True:
     lr = cosine_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = group['lr'].fill_(lr) if capture else lr
 
     # evaluate and save; the time this takes is not training time
     if iter_num % eval_interval == 0 or iter_num == max_iters:
@@ -303,24 +339,17 @@ while True:
     if iter_num >= max_iters:
         break
 
-    # one update: forward and backward through all micro-steps, gradients exchanged in the last, clip, step
-    loss_sum = torch.zeros((), device=device)
+    # one update from all micro-steps
+    loss_sum.zero_()
     for m in range(micro_steps):
         row = m * world_size + rank
         x, y = bins.train_batch(seed, iter_num, row, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
-        if ddp:
+        if ddp:  # gradients are exchanged in the last backward pass
             ddp_model.require_backward_grad_sync = m == micro_steps - 1
-        with autocast():
-            _, loss = model(to_device(x), to_device(y), keep_logits=False)
-        scaler.scale(loss / micro_steps).backward()
-        loss_sum += loss.detach() / micro_steps
-    scaler.unscale_(optimizer)
-    norms.append(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+        forward_backward(to_device(x), to_device(y))
+    norms.append(clip_and_step().clone())
     iter_num += 1
     on_step(iter_num, raw_model)
 
