@@ -31,6 +31,8 @@ def _configure(space):
     scalars = (bool, int, float, str)
     knobs = {k: v for k, v in space.items() if k[0] != '_' and isinstance(v, scalars)}
     problems = []
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that lacks a character ends no run
 
     def fail(*problems):
         """End the script for a user's mistake: one line per problem on stderr (rank 0 alone), exit code 2."""
@@ -100,11 +102,11 @@ def _configure(space):
             return problems.append(f'{shown(name)}: no such config file{hint}')
         scope = {**knobs, '__file__': os.path.abspath(here), '__name__': 'config'}
         try:
-            with open(here, encoding='utf-8') as f:
+            with open(here, encoding='utf-8-sig') as f:
                 source = f.read()
             tree = ast.parse(source, here)
             exec(builtins.compile(tree, here, 'exec'), scope)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == here]
             line = e.lineno if isinstance(e, SyntaxError) and e.filename == here else lines[-1] if lines else 1
             what = e.msg if isinstance(e, SyntaxError) else str(e)
@@ -120,7 +122,7 @@ def _configure(space):
                     put(key, convert(key, value))
                 except ValueError as e:
                     problems.append(f'{where}: {e}')
-            elif key[0] != '_' and (value is None or isinstance(value, (*scalars, numbers.Number))):
+            elif key[0] != '_' and not callable(value) and not isinstance(value, type(sys)):
                 if nearest(key, 0.85):
                     problems.append(f'{where}: unknown knob {key}, did you mean {nearest(key, 0.85)}?')
                 elif first_rank:
@@ -141,7 +143,7 @@ def _configure(space):
         sys.exit(0)
 
     words = sys.argv[1:]
-    if '--help' in words or '-h' in words:
+    if '--help' in words or words[:1] == ['-h']:
         show_help()
     while words:
         word = words.pop(0)
@@ -156,7 +158,7 @@ def _configure(space):
             hint = f'did you mean --{near}?' if near else '--help lists them'
             problems.append(f'unknown knob --{shown(key)}; {hint}')
         elif not equals:
-            problems.append(f'--{key} needs a value: --{key}={"True" if type(knobs[key]) is bool else knobs[key]}')
+            problems.append(f'--{key} needs a value: --{key}={shown(type(knobs[key]) is bool or knobs[key])}')
         else:
             try:
                 put(key, convert(key, text))

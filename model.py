@@ -353,19 +353,30 @@ class GPT(nn.Module):
         GPT-2 weights in transformers' format: one of PUBLISHED from the hub (or its local cache), or a folder with
         config.json. override_args may set dropout. float32, on the CPU. Raises ValueError or OSError.
         """
-        from transformers import GPT2LMHeadModel
+        from safetensors import SafetensorError
+        from transformers import GPT2Config, GPT2LMHeadModel
 
         override_args = override_args or {}
         if set(override_args) - {'dropout'}:
             raise ValueError(f'only dropout can be overridden, not {sorted(set(override_args) - {"dropout"})}')
         if model_type not in PUBLISHED and not os.path.isfile(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} is none of {", ".join(PUBLISHED)} and no folder with config.json')
-        hf = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32)
+        if (kind := GPT2Config.get_config_dict(model_type)[0].get('model_type', 'gpt2')) != 'gpt2':
+            raise ValueError(f'{model_type} holds a {kind}, not a GPT-2')
+        try:
+            hf, info = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32, output_loading_info=True,
+                                                       ignore_mismatched_sizes=True)
+        except (SafetensorError, RuntimeError) as e:
+            raise ValueError(f'{model_type}: the weights cannot be read ({type(e).__name__}: {e})') from e
+        # transformers would go on with fresh random values for what is not in the file
+        if wrong := {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}:
+            raise ValueError(f'{model_type}: the weights do not fit its config.json: {wrong}')
         c = hf.config
         wide = c.n_inner or 4 * c.n_embd
         activations = {'gelu': 'exact', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh'}
         if (wide != 4 * c.n_embd or c.layer_norm_epsilon != 1e-5 or not c.scale_attn_weights
-                or c.scale_attn_by_inverse_layer_idx or c.activation_function not in activations):
+                or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
+                or c.activation_function not in activations):
             raise ValueError(f'{model_type} is no plain GPT-2: width, epsilon, attention scale or activation differs')
         config = GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                            n_embd=c.n_embd, bias=True, gelu=activations[c.activation_function], **override_args)
@@ -441,9 +452,11 @@ def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: 
 # The first name found as whole words in the device's name wins, so longer names stand first.
 PEAK_TFLOPS = {
     'V100': 125, 'T4': 65, 'A100': 312, 'A10': 125, 'A10G': 70, 'L4': 121, 'L40': 181, 'L40S': 362,
-    'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200': 989, 'B200': 2250, 'MI300X': 1307, 'MI300A': 981,
+    'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200 NVL': 835, 'H200': 989, 'B200': 2250,
+    'MI300X': 1307, 'MI300A': 981,
     'RTX 3060 Ti': 32, 'RTX 3060': 25, 'RTX 3070 Ti': 43, 'RTX 3070': 41, 'RTX 3080 Ti': 68, 'RTX 3080': 60,
-    'RTX 3090 Ti': 80, 'RTX 3090': 71, 'RTX 4060 Ti': 44, 'RTX 4060': 30, 'RTX 4070 Ti': 80, 'RTX 4070 SUPER': 71,
+    'RTX 3090 Ti': 80, 'RTX 3090': 71, 'RTX 4060 Ti': 44, 'RTX 4060': 30,
+    'RTX 4070 Ti SUPER': 88, 'RTX 4070 Ti': 80, 'RTX 4070 SUPER': 71,
     'RTX 4070': 58, 'RTX 4080 SUPER': 104, 'RTX 4080': 97, 'RTX 4090': 165, 'RTX 5060 Ti': 47, 'RTX 5060': 38,
     'RTX 5070 Ti': 88, 'RTX 5070': 62, 'RTX 5080': 113, 'RTX 5090': 210,
 }

@@ -42,6 +42,7 @@ problems = [message for bad, message in [
     (not temperature >= 0, f'temperature={temperature} must not be negative; 0 always takes the likeliest token'),
     (top_k < 0, f'top_k={top_k} must not be negative; 0 is off'),
     (not 0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off'),
+    (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),
 ] if bad]
 try:
     device, dtype = resolve(device, dtype)
@@ -74,7 +75,9 @@ try:
             tokenizer = codec.of_folder(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', folder))
     else:
         model = GPT.from_pretrained(init_from)
-except (ValueError, OSError) as e:
+except OSError as e:
+    fail(str(e))
+except ValueError as e:
     fail(*e.args)
 vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):

@@ -93,6 +93,7 @@ problems = [message for bad, message in [
     (init_from not in ('scratch', 'resume', *PUBLISHED) and not os.path.isfile(os.path.join(init_from, 'config.json')),
      f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json'),
     (backend not in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo'),
+    (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),
 ] if bad]
 for rules in (lambda: GPTConfig(**shape), lambda: globals().update(zip(('device', 'dtype'), resolve(device, dtype)))):
     try:
@@ -159,7 +160,9 @@ try:
         raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
         if block_size != raw_model.config.block_size:
             raw_model.crop_block_size(block_size)
-except (ValueError, OSError) as e:
+except OSError as e:
+    fail(str(e))
+except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):

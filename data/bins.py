@@ -59,8 +59,9 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
         count, digest = 0, hashlib.sha256()
         with open(names[-1] + '.tmp', 'wb') as f:
             for ids in map(np.asarray, arrays):
-                if ids.max(initial=0) >= tokenizer.vocab_size:
-                    raise DataError(f'{split}: token id {ids.max()}, vocabulary {tokenizer.vocab_size}')
+                bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+                if len(bad):
+                    raise DataError(f'{split}: token id {bad[0]}, vocabulary {tokenizer.vocab_size}')
                 raw = ids.astype(DTYPES[dtype]).tobytes()
                 f.write(raw)
                 digest.update(raw)

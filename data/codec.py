@@ -12,6 +12,11 @@ import numpy as np
 from data import DataError
 
 END_OF_TEXT = '<|endoftext|>'
+# Where GPT-2's pattern always ends a piece: before white space, and before the last of several. Long texts are cut
+# there, which bounds the memory and keeps runs of white space below the million that overflows tiktoken's stack; the
+# ids stay the same. (\x1c-\x1f are space to Python alone.)
+SPACE, OTHER = r'[^\S\x1c-\x1f]', r'[\S\x1c-\x1f]'
+CUT = re.compile(f'(?<={OTHER})(?={SPACE})|(?<={SPACE})(?={SPACE}{OTHER})')
 
 
 def read_text(path: str, url: str | None = None, sha256: str | None = None) -> tuple[str, bool]:
@@ -30,11 +35,13 @@ def read_text(path: str, url: str | None = None, sha256: str | None = None) -> t
                             'by other means, or any UTF-8 text of your own, and run this again') from e
     with open(path, 'rb') as f:
         raw = f.read()
+    if not raw:
+        raise DataError(f'{path} is empty: put a text there, or remove it to fetch the published one')
     published = hashlib.sha256(raw).hexdigest() == sha256
     if not published:
         print(f'note: {path} is not the published text; going on with it as it is')
     try:
-        return raw.decode('utf-8-sig').replace('\r\n', '\n'), published
+        return raw.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n'), published
     except UnicodeDecodeError as e:
         raise DataError(f'{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start:,}') from None
 
@@ -63,14 +70,13 @@ class GPT2Codec:
         text = text.encode('utf-8', 'replace').decode('utf-8')  # lone surrogates cannot be tokenized
         if special:
             return np.array(self.bpe.encode(text, allowed_special={END_OF_TEXT}), np.uint16)
-        # no token spans a change from non-space to space, so long texts are cut there: bounded memory, the same ids
         ids, start = [], 0
-        while len(text) - start > 1 << 20:
-            cut = re.compile(r'(?<=\S)(?=\s)').search(text, start + (1 << 20))
+        while len(text) - start > 1 << 19:
+            cut = CUT.search(text, start + (1 << 19))
             end = cut.start() if cut else len(text)
-            ids.append(np.array(self.bpe.encode_ordinary(text[start:end]), np.uint16))
+            ids.append(self.bpe.encode_to_numpy(text[start:end], disallowed_special=()).astype(np.uint16))
             start = end
-        ids.append(np.array(self.bpe.encode_ordinary(text[start:]), np.uint16))
+        ids.append(self.bpe.encode_to_numpy(text[start:], disallowed_special=()).astype(np.uint16))
         return np.concatenate(ids)
 
     def decode(self, ids) -> str:
@@ -95,7 +101,8 @@ class CharCodec:
     def __init__(self, chars: str):
         self.chars = chars
         self.vocab_size = len(chars)
-        self.ids = {c: i for i, c in enumerate(chars)}
+        self.itos = dict(enumerate(chars))
+        self.ids = {c: i for i, c in self.itos.items()}
 
     @classmethod
     def of(cls, text: str) -> 'CharCodec':
@@ -112,9 +119,9 @@ class CharCodec:
     def decode(self, ids) -> str:
         """Text of a sequence of ids. DataError for an id that has no character."""
         try:
-            return ''.join(self.chars[i] for i in ids)
-        except IndexError:
-            raise DataError(f'token id {max(ids)} is not in the vocabulary of {self.vocab_size} characters') from None
+            return ''.join(map(self.itos.__getitem__, map(int, ids)))
+        except KeyError as e:
+            raise DataError(f'token id {e} is not in the vocabulary of {self.vocab_size} characters') from None
 
     def decode_bytes(self, ids) -> bytes:
         return self.decode(ids).encode('utf-8', 'replace')
@@ -156,8 +163,9 @@ def read_meta(path: str) -> CharCodec:
     n = meta.get('vocab_size') if isinstance(meta, dict) else None
     if type(n) is not int or not isinstance(itos, dict) or n < 1:
         raise DataError(f'{path} has no vocab_size or no itos: {again}')
-    if (set(map(type, itos)) != {int} or sorted(itos) != list(range(n))
-            or any(type(c) is not str or len(c) != 1 for c in itos.values())):
+    if (set(map(type, itos)) != {int} or len(itos) != n or sorted(itos) != list(range(n))
+            or any(type(c) is not str or len(c) != 1 for c in itos.values())
+            or len(set(itos.values())) != n):
         raise DataError(f'{path} does not give one character to each of {n} ids: {again}')
     return CharCodec(''.join(itos[i] for i in range(n)))
 

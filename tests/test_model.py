@@ -118,7 +118,7 @@ def test_loss_is_the_mean_over_wanted_targets():
     net, x, y = small(), ids(3, 16), ids(3, 16, seed=1)
     y[0, 5:] = y[2, 0] = -1
     logits, loss = net(x, y)
-    p = logits.double().softmax(-1)
+    p = logits.detach().double().softmax(-1)
     wanted = [-math.log(p[b, t, y[b, t]]) for b in range(3) for t in range(16) if y[b, t] != -1]
     assert len(wanted) == 36
     assert loss.item() == pytest.approx(sum(wanted) / 36, rel=1e-5)
@@ -459,6 +459,19 @@ def test_a_base_model_without_head_is_a_gpt2_too(tmp_path):
     assert json.loads((tmp_path / 'base' / 'config.json').read_text())['architectures'] == [GPT2Model.__name__]
     states = [GPT.from_pretrained(str(tmp_path / name)).state_dict() for name in ('head', 'base')]
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
+
+
+def test_the_layout_of_the_published_files_is_read(tmp_path):
+    """Names without `transformer.`, and the attention masks among the tensors."""
+    from safetensors.torch import load_file, save_file
+    gpt2_folder(tmp_path)
+    wanted, path = GPT.from_pretrained(str(tmp_path)).state_dict(), tmp_path / 'model.safetensors'
+    state = {k.removeprefix('transformer.'): v for k, v in load_file(path).items()}
+    assert 'wte.weight' in state and 'lm_head.weight' not in state
+    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 16, 16).tril() for i in (0, 1)}
+    save_file(state, path, {'format': 'pt'})
+    loaded = GPT.from_pretrained(str(tmp_path)).state_dict()
+    assert list(loaded) == list(wanted) and all(torch.equal(loaded[k], wanted[k]) for k in wanted)
 
 
 # -- resolve --------------------------------------------------------------------------------------------------------

@@ -56,7 +56,11 @@ if __name__ == '__main__':
             raise DataError(f'no *.parquet below {sys.argv[1]}')
         documents = load_dataset('parquet', data_files=files, split='train', columns=['text'])
     else:  # main holds a loading script, which datasets no longer runs; this pull request holds its text as parquet
-        documents = load_dataset('Skylion007/openwebtext', revision='refs/pr/18', split='train')
+        try:
+            documents = load_dataset('Skylion007/openwebtext', revision='refs/pr/18', split='train')
+        except OSError as e:  # ConnectionError is one
+            raise DataError(f'OpenWebText could not be fetched ({type(e).__name__}). Without network: fetch its '
+                            'parquet files elsewhere and run this with their FOLDER') from e
         if len(documents) != DOCUMENTS:
             raise DataError(f'{len(documents):,} documents, expected {DOCUMENTS:,}: the source has changed')
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)

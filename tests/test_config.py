@@ -1,0 +1,206 @@
+"""The knobs of every script, frozen, so that none appears unnoticed; and what every file in config/ sets."""
+
+import ast
+import glob
+import os
+import re
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768)
+TRAIN = dict(
+    out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True,
+    init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext',
+    gradient_accumulation_steps=40, batch_size=12, block_size=1024, **GPT2, dropout=0.0, bias=False,
+    learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
+    warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='auto', device='auto', dtype='auto', compile=True,
+    seed=1337)
+SAMPLE = dict(
+    init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200,
+    seed=1337, device='auto', dtype='auto', compile=False)
+BENCH = dict(
+    batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto', compile=True,
+    profile=False, dataset='openwebtext', **GPT2, gradient_accumulation_steps=1, warmup_steps=10, steps=20)
+SCRIPTS = {'train.py': TRAIN, 'sample.py': SAMPLE, 'bench.py': BENCH}
+
+
+@pytest.fixture
+def knobs(monkeypatch, tmp_path):
+    """knobs('train.py', *arguments): `config` after the script's head, down to the line that runs the configurator."""
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def execute(name, *arguments):
+        path = os.path.join(ROOT, name)
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+        head = source[:source.index('\n', source.index("'configurator.py'"))]
+        monkeypatch.setattr(sys, 'argv', [name, *arguments])
+        space = {'__file__': path, '__name__': '__main__'}
+        exec(compile(head, path, 'exec'), space)
+        assert all(space[k] is v or space[k] == v for k, v in space['config'].items())
+        return space['config']
+
+    return execute
+
+
+def typed(values):
+    return {key: (type(value), value) for key, value in values.items()}
+
+
+# -- the scripts ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_knobs_defaults_and_types(knobs, name):
+    """A new knob is a decision: it is added here too."""
+    assert typed(knobs(name)) == typed(SCRIPTS[name])
+    assert list(knobs(name)) == list(SCRIPTS[name])  # in the order of --help
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_lists_every_knob(script, capsys, name):
+    with pytest.raises(SystemExit) as end:
+        script(name, '--help')
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    listed = re.findall(r"^  --(\w+)=('[^']*'|\S+)", out, re.MULTILINE)
+    assert typed({key: ast.literal_eval(value) for key, value in listed}) == typed(SCRIPTS[name])
+    assert f'    python {name}' in out and err == ''
+
+
+def test_sample_and_bench_mean_the_same_by_a_knob_as_train():
+    for name in ('sample.py', 'bench.py'):
+        for key in TRAIN.keys() & SCRIPTS[name].keys():
+            assert type(SCRIPTS[name][key]) is type(TRAIN[key])
+    assert {k for k in BENCH if k in TRAIN and BENCH[k] != TRAIN[k]} == {'gradient_accumulation_steps'}
+    assert {k for k in SAMPLE if k in TRAIN and SAMPLE[k] != TRAIN[k]} == {'init_from', 'compile'}
+
+
+@pytest.mark.parametrize('arguments, values', [
+    (['--batch_size=32', '--compile=False'], dict(batch_size=32, compile=False)),
+    (['--learning_rate=1', '--min_lr=0'], dict(learning_rate=1.0, min_lr=0.0)),
+    (['--seed=1e3', '--max_iters', '2e4'], dict(seed=1000, max_iters=20000)),
+    (['--compile=false', '--eval_only', 'TRUE'], dict(compile=False, eval_only=True)),
+])
+def test_train_command_lines(knobs, arguments, values):
+    assert typed(knobs('train.py', *arguments)) == typed({**TRAIN, **values})
+
+
+@pytest.mark.parametrize('arguments, values', [
+    (['--out_dir=out-shakespeare-char'], dict(out_dir='out-shakespeare-char')),
+    (['--init_from=gpt2-xl', '--start=What is the answer to life, the universe, and everything?', '--num_samples=5',
+      '--max_new_tokens=100'],
+     dict(init_from='gpt2-xl', start='What is the answer to life, the universe, and everything?', num_samples=5,
+          max_new_tokens=100)),
+    (['--start=FILE:prompt.txt'], dict(start='FILE:prompt.txt')),
+    (['--start=42', '--top_k=None', '--temperature=1'], dict(start='42', top_k=0, temperature=1.0)),
+    (['--start=a=b'], dict(start='a=b')),
+    (['--start='], dict(start='')),
+    (['--start', '<|endoftext|>'], dict(start='<|endoftext|>')),
+])
+def test_sample_command_lines(knobs, arguments, values):
+    assert typed(knobs('sample.py', *arguments)) == typed({**SAMPLE, **values})
+
+
+def test_bench_command_line(knobs):
+    assert typed(knobs('bench.py', '--profile=True')) == typed({**BENCH, 'profile': True})
+
+
+# -- config/ --------------------------------------------------------------------------------------------------------
+
+EVAL = dict(batch_size=8, eval_iters=500, eval_only=True, wandb_log=False)
+LAPTOP = dict(eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+              max_iters=2000, lr_decay_iters=2000, dropout=0.0, device='cpu', compile=False)  # the README's flags
+BABY = dict(
+    out_dir='out-shakespeare-char', eval_interval=250, eval_iters=200, log_interval=10, always_save_checkpoint=False,
+    wandb_project='shakespeare-char', wandb_run_name='mini-gpt', dataset='shakespeare_char',
+    gradient_accumulation_steps=1, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+    learning_rate=1e-3, max_iters=5000, lr_decay_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100)
+CONFIGS = {  # what differs from the defaults of train.py; all else stays
+    'train_shakespeare_char': BABY,
+    'train_shakespeare_char_cpu': {
+        **BABY, **LAPTOP, 'out_dir': 'out-shakespeare-char-cpu', 'wandb_project': 'owt', 'wandb_run_name': 'gpt2'},
+    'train_pydoc_char': {
+        **BABY, **LAPTOP, 'out_dir': 'out-pydoc-char', 'dataset': 'pydoc_char', 'wandb_project': 'owt',
+        'wandb_run_name': 'gpt2', 'log_interval': 10, 'max_iters': 1000, 'lr_decay_iters': 1000, 'device': 'auto'},
+    'train_gpt2': dict(
+        wandb_log=True, wandb_project='owt', wandb_run_name='gpt2-124M', batch_size=12, block_size=1024,
+        gradient_accumulation_steps=40, max_iters=600000, lr_decay_iters=600000, eval_interval=1000, eval_iters=200,
+        log_interval=10, weight_decay=1e-1),
+    'finetune_shakespeare': dict(
+        out_dir='out-shakespeare', eval_interval=5, eval_iters=40, wandb_project='shakespeare', dataset='shakespeare',
+        init_from='gpt2-xl', always_save_checkpoint=False, batch_size=1, gradient_accumulation_steps=32, max_iters=20,
+        learning_rate=3e-5, decay_lr=False),
+    'eval_gpt2': dict(EVAL, init_from='gpt2'),
+    'eval_gpt2_medium': dict(EVAL, init_from='gpt2-medium'),
+    'eval_gpt2_large': dict(EVAL, init_from='gpt2-large'),
+    'eval_gpt2_xl': dict(EVAL, init_from='gpt2-xl'),
+}
+OURS = ('train_shakespeare_char_cpu', 'train_pydoc_char')
+FILES = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(ROOT, 'config', '*')))
+
+
+def test_every_config_is_listed_here():
+    assert [name for name in FILES if not name.startswith('__')] == sorted(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_values(knobs, capsys, name):
+    """The whole of `config` is compared, so a config also sets nothing else."""
+    config = knobs('train.py', f'config/{name}.py')
+    if name == 'finetune_shakespeare':
+        assert re.fullmatch(r'ft-\d+(\.\d+)?', config['wandb_run_name'])
+        config['wandb_run_name'] = TRAIN['wandb_run_name']
+    assert typed(config) == typed({**TRAIN, **CONFIGS[name]})
+    out, err = capsys.readouterr()
+    assert 'note:' not in out and err == ''
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name not in OURS])
+def test_config_writes_out_what_the_reference_lists(name, knobs, capsys):
+    """Also a value that is equal to its default."""
+    knobs('train.py', f'config/{name}.py')
+    assert CONFIGS[name].keys() <= set(re.findall('^Overriding: (\\w+) = ', capsys.readouterr().out, re.MULTILINE))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_header_names_its_command(name):
+    with open(os.path.join(ROOT, 'config', f'{name}.py'), encoding='utf-8') as f:
+        source = f.read()
+    header = source[:source.index('\n\n')].splitlines()
+    assert all(line.startswith('# ') for line in header)
+    command, = [line for line in header if f'train.py config/{name}.py' in line]
+    assert re.match('#   (torchrun |python )', command)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_knows_its_dataset(knobs, name):
+    assert os.path.isfile(os.path.join(ROOT, 'data', knobs('train.py', f'config/{name}.py')['dataset'], 'prepare.py'))
+
+
+def test_laptop_config_is_the_command_of_the_readme(knobs):
+    flags = [f'--{key}={value}' for key, value in LAPTOP.items()]
+    typed_out = knobs('train.py', 'config/train_shakespeare_char.py', *flags)
+    config = knobs('train.py', 'config/train_shakespeare_char_cpu.py')
+    assert {k for k in config if config[k] != typed_out[k]} == {'out_dir', 'wandb_project', 'wandb_run_name'}
+
+
+def test_gpt2_config_is_half_a_million_tokens_a_step(knobs):
+    config = knobs('train.py', 'config/train_gpt2.py')
+    assert config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps'] == 491_520
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('other', ['sample.py', 'bench.py'])
+def test_config_is_no_mistake_for_another_script(knobs, capsys, name, other):
+    """What that script does not have is a note; what it has is taken over."""
+    config = knobs(other, f'config/{name}.py')
+    wanted = {**SCRIPTS[other], **{k: v for k, v in CONFIGS[name].items() if k in SCRIPTS[other]}}
+    assert typed(config) == typed(wanted)
+    strangers = {k for k in CONFIGS[name] if k not in wanted}
+    notes = re.findall(rf'^note: config/{name}.py, line \d+: (\w+) is no knob of {other}, ignored$',
+                       capsys.readouterr().out, re.MULTILINE)
+    assert strangers <= {*notes, *TRAIN} and set(notes) <= TRAIN.keys() - wanted.keys()
