@@ -57,9 +57,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, past: 'Past | None' = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C). With `past`, the keys and values of earlier tokens, x is what follows them."""
         B, T, C = x.shape
-        # 3 times (B, nh, T, hs)
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
-        k, v, mask = past.extend(k, v) if past else (k, v, None)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        q, (k, v), mask = (qkv[0], *past.extend(qkv[1:])) if past else (qkv[0], qkv[1:], None)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -102,13 +101,12 @@ class Past:
     def __init__(self, kv: torch.Tensor, cache: 'KVCache'):
         self.kv, self.cache = kv, cache
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Store keys and values (B, nh, T, hs) of the next T tokens; return those they may attend to, and the mask."""
-        self.kv[0].index_copy_(2, self.cache.at, k)
-        self.kv[1].index_copy_(2, self.cache.at, v)
+    def extend(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Store keys and values (2, B, nh, T, hs) of the next T tokens; return what they may see, and the mask."""
+        self.kv.index_copy_(3, self.cache.at, kv)
         if self.cache.mask is None:  # a prompt, which sees itself alone, causally
-            return k, v, None
-        return self.kv[0, :, :, :self.cache.reach], self.kv[1, :, :, :self.cache.reach], self.cache.mask
+            return kv, None
+        return self.kv[:, :, :, :self.cache.reach], self.cache.mask
 
 
 class KVCache:
@@ -121,7 +119,7 @@ class KVCache:
         self.kv = torch.zeros(config.n_layer, 2, batch, config.n_head, size, config.n_embd // config.n_head,
                               device=device, dtype=dtype)
         self.pos = torch.zeros(1, dtype=torch.long, device=device)
-        self.layers = [Past(kv, self) for kv in self.kv]
+        self.layers = [Past(self.kv[i], self) for i in range(config.n_layer)]
 
     def read(self, T: int, reach: int) -> torch.Tensor:
         """Get ready for T more tokens, the last of them at a position below `reach`; returns their positions (T,)."""
@@ -151,12 +149,13 @@ class FusedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = (x @ weight.t()).float()  # (N, V); stored in the dtype of x, since it only feeds what follows
         wanted, n = targets != -1, (targets != -1).sum()
-        lse = logits.logsumexp(-1, keepdim=True)
+        top = logits.amax(-1, keepdim=True)
+        total = (logits - top).exp().sum(-1, keepdim=True)  # inductor makes one pass of these two lines
         hit = torch.arange(logits.size(1), device=x.device) == targets[:, None]
-        grad = (((logits - lse).exp() - hit.float()) * wanted[:, None] / n).to(x.dtype)
+        scale = wanted[:, None] / n
+        ctx.save_for_backward((((logits - top).exp() / total - hit.float()) * scale).to(x.dtype), x, weight)
         picked = logits.gather(1, targets.clamp(min=0)[:, None])
-        ctx.save_for_backward(grad, x, weight)
-        return ((lse - picked)[:, 0] * wanted).sum() / n
+        return ((top + total.log() - picked) * scale).sum()
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -260,7 +259,10 @@ class GPT(nn.Module):
         size = min(S, -(-cached // bucket) * bucket)
         cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
         if compiled:
-            bucket, read_token, read_window = S, torch.compile(read_token), torch.compile(read_window)
+            # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
+            options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
+            read_token, read_window = (torch.compile(f, options=options) for f in (read_token, read_window))
+            bucket = S  # one graph to compile
         reach, step = 0, None
         for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
             if t == T and T <= S:
@@ -424,16 +426,24 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
+    top = logits.amax(-1, keepdim=True)
     if top_k and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    p = F.softmax(logits, dim=-1)
+        logits = logits.masked_fill(logits < logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True), -math.inf)
+    p = (logits - top).exp()  # no need for a sum of 1
     if top_p < 1:
         likely = p.sort(-1, descending=True).values
-        enough = ((likely.cumsum(-1) - likely) < top_p).sum(-1, keepdim=True)  # how many it takes, at least one
+        before = likely.cumsum(-1) - likely
+        enough = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # how many it takes
         p = p.masked_fill(p < likely.gather(-1, (enough - 1).clamp(min=0)), 0.0)
-    cdf = p.cumsum(-1)
+    cdf = running_sum(p)
     whole = cdf[:, -1:]
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
+
+
+@torch.compiler.disable  # inductor's scan fails on wide rows (torch 2.11: "list indices must be integers")
+def running_sum(p: torch.Tensor) -> torch.Tensor:
+    """Cumulative sum along the last dimension."""
+    return p.cumsum(-1)
 
 
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:

@@ -1,0 +1,146 @@
+"""Generation: the cache, the window past block_size and the sampling give what re-reading everything would."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, sample_ids
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+GREEDY = dict(temperature=0, top_k=None, top_p=1.0)
+TOP_K = dict(temperature=0.8, top_k=20, top_p=1.0)
+TOP_P = dict(temperature=1.0, top_k=None, top_p=0.9)
+BLOCK = 24
+
+
+@pytest.fixture(scope='module')
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=2, n_embd=32)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)  # sharp distributions, unlike fresh weights
+    return model
+
+
+def reference(model, idx, uniforms, temperature, top_k, top_p):
+    """Re-reads the whole context at every step; also returns how close a uniform came to a boundary of the CDF."""
+    closest = 1.0
+    for u in uniforms.T:
+        logits = model(idx[:, -BLOCK:])[0][:, -1].double()
+        p = torch.softmax(logits / (temperature or 1), -1)
+        if top_k:
+            p[p < p.sort(-1).values[:, -top_k, None]] = 0
+        for row in p if top_p < 1 else ():
+            order = row.argsort(descending=True)
+            row[order[1:][row[order].cumsum(0)[:-1] >= top_p]] = 0
+        cdf = (p / p.sum(-1, keepdim=True)).cumsum(-1)
+        new = p.argmax(-1) if temperature == 0 else (cdf <= u[:, None]).sum(-1)
+        closest = min(closest, (cdf - u[:, None]).abs().min().item()) if temperature else closest
+        idx = torch.cat((idx, new[:, None]), dim=1)
+    return idx, closest
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('how', [GREEDY, TOP_K, TOP_P], ids=['greedy', 'top_k', 'top_p'])
+@pytest.mark.parametrize('length', [1, 17, BLOCK - 1, BLOCK, 2 * BLOCK])
+@pytest.mark.parametrize('batch', [1, 3, pytest.param(10, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_cache_changes_no_token(gpt, batch, length, how, device):
+    g = torch.Generator().manual_seed(length)
+    idx = torch.randint(65, (batch, length), generator=g).to(device)
+    uniforms = torch.rand(batch, 3 * BLOCK, generator=g)
+    model = gpt.to(device)
+    torch.set_float32_matmul_precision('highest')
+    wanted, closest = reference(model, idx, uniforms.to(device), **how)
+    got = model.generate(idx, 3 * BLOCK, uniforms=uniforms, **how)
+    gpt.to('cpu')
+    differ = (got != wanted).any(dim=1)
+    assert not differ.any() or closest < 1e-5
+    assert got.shape == (batch, length + 3 * BLOCK)
+
+
+def test_greedy_equals_transformers(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=77, bos_token_id=None,
+                                    eos_token_id=None)).eval()
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    hf.save_pretrained(tmp_path)
+    idx = torch.randint(77, (3, 9))
+    theirs = hf.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=50, pad_token_id=0)
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval().generate(idx, 50, temperature=0), theirs)
+
+
+def test_sample_i_does_not_depend_on_the_batch(gpt):
+    idx, uniforms = torch.zeros(6, 3, dtype=torch.long), torch.rand(6, 60)
+    together = gpt.generate(idx, 60, 0.9, 30, uniforms=uniforms)
+    alone = [gpt.generate(idx[:1], 60, 0.9, 30, uniforms=uniforms[i:i + 1])[0] for i in range(6)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_bfloat16_logits_through_the_cache(gpt):
+    idx = torch.randint(65, (2, BLOCK))
+    plain = gpt(idx)[0]
+    half = GPT(gpt.config).eval()
+    half.load_state_dict(gpt.state_dict())
+    half.bfloat16()
+    cache = KVCache(gpt.config, 2, BLOCK, torch.device('cpu'), torch.bfloat16)
+    half(idx[:, :10], cache=cache, reach=10)
+    for t in range(10, BLOCK):
+        logits = half(idx[:, t:t + 1], cache=cache, reach=t + 1)[0]
+    assert (logits.float() - plain).abs().max() <= 2e-2 * plain.abs().max()
+    assert cache.kv.nbytes == KVCache.nbytes(gpt.config, 2, BLOCK, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_a_reach_beyond_the_filled_part_is_masked(gpt):
+    idx = torch.randint(65, (2, 8))
+    cache = KVCache(gpt.config, 2, BLOCK, torch.device('cpu'), torch.float32)
+    cache.kv.fill_(1e4)  # whatever stands beyond must not matter
+    gpt(idx[:, :7], cache=cache, reach=7)
+    logits = gpt(idx[:, 7:], cache=cache, reach=BLOCK)[0]
+    torch.testing.assert_close(logits, gpt(idx)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0]])
+    u = (torch.arange(10000) + 0.5) / 10000  # every quantile once
+    drawn = sample_ids(logits.expand(10000, -1), u, 0.5, None, 1.0)
+    wanted = torch.softmax(logits[0] / 0.5, -1)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 10000, wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('how, allowed', [((1.0, 2, 1.0), {1, 3}), ((1.0, 0, 0.6), {3}), ((1.0, None, 0.7), {1, 3}),
+                                          ((1.0, 9, 1.0), {0, 1, 3}), ((0, 2, 1.0), {3}), ((1.0, 1, 0.5), {3})])
+def test_what_top_k_and_top_p_leave(how, allowed):
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0]]).expand(1000, -1)
+    assert set(sample_ids(logits, torch.arange(1000) / 1000, *how).tolist()) == allowed
+
+
+def test_the_largest_uniform_below_one_draws_a_possible_id():
+    logits = torch.full((4, 1000), -math.inf)
+    logits[:, 500] = logits[:, 20] = 3.0
+    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24])
+    assert sample_ids(logits, u, 1.0, None, 1.0).tolist() == [20, 20, 500, 500]
+
+
+def test_ids_of_a_padded_vocabulary_are_never_drawn(gpt):
+    out = gpt.generate(torch.zeros(4, 1, dtype=torch.long), 100, 5.0, None, vocab_size=7)
+    assert out.max() < 7
+
+
+def test_it_streams(gpt):
+    steps = gpt.stream(torch.zeros(2, 3, dtype=torch.long), 5, uniforms=torch.full((2, 5), 0.5))
+    first = next(steps).clone()
+    assert first.shape == (2,)
+    assert len(list(steps)) == 4
+
+
+@pytest.mark.slow
+def test_it_compiles(gpt):
+    idx, uniforms = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 30)
+    plain = gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms)
+    assert torch.equal(gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms, compiled=True), plain)
