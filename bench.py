@@ -147,9 +147,9 @@ def time_train() -> float:
     dt = (times[-1] - times[0]) / steps
     tokens = batch_size * block_size * gradient_accumulation_steps
     memory = f', peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
-    share = model.flops_per_token() * tokens / dt / peak
+    share = model.flops_per_token() * tokens / dt / peak / world_size
     print(f'{tokens / dt:,.0f} tok/s, {share:.1%} of the measured matmul peak{memory}')
-    mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt)
+    mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt)
     print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
     return dt
 
@@ -235,6 +235,12 @@ def time_sample() -> None:
         min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), than=ours)
 
 
+world_size, first = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0') == '0'
+if not first:
+    sys.stdout = open(os.devnull, 'w')  # under torchrun the first process speaks
+if cuda:
+    where = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    torch.cuda.set_device(where)
 peak = measure_ceilings()
 if mode == 'sample':
     time_sample()

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny tensors: a second thread costs more than it does
 os.environ.update(WANDB_MODE='offline', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', PYTHONUNBUFFERED='1')
+
+import torch  # noqa: E402
 
 TINY = dict(device='cpu', dtype='float32', compile=False, n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
             gradient_accumulation_steps=2, eval_iters=2, eval_interval=4, max_iters=8, warmup_iters=2,

@@ -1,0 +1,105 @@
+"""What only a CUDA device can show: no step waits for it, captured steps are the steps, bf16 is as near as autocast."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, FusedCrossEntropy, GPTConfig, captured
+from tests.conftest import TINY, flags
+
+cuda = pytest.mark.gpu
+GPU = {**TINY, 'device': 'cuda', 'dtype': 'bfloat16'}
+
+
+@cuda
+@pytest.mark.parametrize('knobs', [dict(), dict(n_embd=512, n_head=8, batch_size=64, block_size=512, n_layer=8)],
+                         ids=['captured', 'launched'])
+def test_a_step_that_does_not_log_never_waits(script, dataset, tmp_path, knobs):
+    def on_step(step, model):
+        torch.cuda.set_sync_debug_mode('error' if 3 <= step < 7 else 'default')
+
+    try:
+        script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'log_interval': 100,
+                                     'eval_interval': 100, 'dropout': 0.1, **knobs}), on_step=on_step)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@cuda
+def test_captured_steps_are_the_steps():
+    """Same losses, gradient norms and parameters, with accumulation and dropout, as when every kernel is launched."""
+    device, runs = torch.device('cuda'), []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=3, n_head=4, n_embd=64, dropout=0.1)).to(device)
+        optimizer = model.configure_optimizers(0.1, torch.tensor(1e-3, device=device), (0.9, 0.99), 'cuda')
+        for group in optimizer.param_groups:
+            group['capturable'] = True
+
+        def forward_backward(x, y, model=model):
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = model(x, y, keep_logits=False)[1]
+            loss.backward()
+            return loss.detach()
+
+        def clip_and_step(model=model, optimizer=optimizer):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            return norm
+
+        if capture:
+            forward_backward, clip_and_step = captured(forward_backward, device), captured(clip_and_step, device)
+        g, seen = torch.Generator().manual_seed(5), []
+        for step in range(20):
+            for micro in range(2):
+                ids = torch.randint(65, (8, 65), generator=g).to(device)
+                torch.manual_seed(10 * step + micro)
+                seen.append(forward_backward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).item())
+            seen.append(clip_and_step().item())
+        runs.append((seen, [p.detach().clone() for p in model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
+@cuda
+def test_gradients_are_as_near_to_float32_as_autocast():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=1024, n_layer=6, n_head=6, n_embd=384)).cuda()
+    ids = torch.randint(1024, (8, 257), device='cuda')
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def gradient(forward, dtype):
+        model.zero_grad()
+        with torch.autocast('cuda', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            forward(x, y, keep_logits=False)[1].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def plain(x, y, keep_logits):
+        """The residual stream in float32, as autocast alone leaves it."""
+        h = model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
+        for block in model.transformer.h:
+            h = block(h)
+        logits = model.lm_head(model.transformer.ln_f(h))
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+    torch.set_float32_matmul_precision('highest')
+    exact = gradient(plain, torch.float32)
+    ours, autocast = gradient(torch.compile(model), torch.bfloat16), gradient(plain, torch.bfloat16)
+    error = (ours - exact).norm() / exact.norm()
+    limit = 1.25 * (autocast - exact).norm() / exact.norm()
+    print(f'relative error of the gradient: ours {error:.3e}, plain autocast {limit / 1.25:.3e}')
+    assert error <= limit
+    assert (gradient(torch.compile(model), torch.float32) - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_fused_cross_entropy_is_cross_entropy():
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (40,))
+    targets[3] = -1
+    plain = F.cross_entropy(x @ weight.t(), targets, ignore_index=-1)
+    fused = FusedCrossEntropy.apply(x, weight, targets)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(3 * fused, (x, weight)), torch.autograd.grad(3 * plain, (x, weight))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
