@@ -81,10 +81,10 @@ def seconds(work, repeats: int = 5) -> float:
 
 def measure_ceilings() -> float:
     """Print what a large matmul and a large copy reach here; returns the matmul's FLOP/s."""
-    n = 8192 if cuda else 2048
+    n = 8192 if cuda else 1024
     a, b = (torch.randn(n, n, device=where, dtype=number_format) for _ in range(2))
     peak = 2 * n**3 / seconds(lambda: a @ b, 20)
-    block = torch.empty(1 << 30 if cuda else 1 << 27, dtype=torch.uint8, device=where)
+    block = torch.empty(1 << 30 if cuda else 1 << 26, dtype=torch.uint8, device=where)
     bandwidth = 2 * block.numel() / seconds(block.clone, 20)
     name = torch.cuda.get_device_name(where) if cuda else f'CPU, {torch.get_num_threads()} threads'
     print(f'{name}, torch {torch.__version__}: {number_format} matmul of {n}^3 {peak / 1e12:.2f} TFLOP/s, '

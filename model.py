@@ -241,7 +241,7 @@ class GPT(nn.Module):
 
         def put(logits: torch.Tensor) -> None:
             now = u.index_select(0, at - T)[0]  # (B,)
-            ids = sample_ids(logits[:, -1, :vocab_size].float(), now, temperature, top_k, top_p)
+            ids = sample_ids(logits[:, -1, :vocab_size].float(), now, temperature, top_k, top_p, scan)
             out.index_copy_(0, at, ids[None])
             at.add_(1)
 
@@ -255,6 +255,8 @@ class GPT(nn.Module):
             put(self(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
 
         bucket = BUCKET if device.type == 'cuda' else 1
+        # inductor fails on a scan over wide rows (torch 2.11: "list indices must be integers")
+        scan = torch.compiler.disable(torch.cumsum) if compiled else torch.cumsum
         cached = min(S, T + max_new_tokens - 1)  # tokens that are ever read through the cache
         size = min(S, -(-cached // bucket) * bucket)
         cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
@@ -421,7 +423,7 @@ BUCKET = 128  # a step on CUDA attends to the filled part of the cache, rounded 
 
 
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
-               top_p: float) -> torch.Tensor:
+               top_p: float, scan=torch.cumsum) -> torch.Tensor:
     """Token ids (B,) from logits (B, V) and uniforms u (B,): the inverse CDF, ids in their order, after the cuts."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -435,15 +437,9 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
         before = likely.cumsum(-1) - likely
         enough = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # how many it takes
         p = p.masked_fill(p < likely.gather(-1, (enough - 1).clamp(min=0)), 0.0)
-    cdf = running_sum(p)
+    cdf = scan(p, -1)
     whole = cdf[:, -1:]
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
-
-
-@torch.compiler.disable  # inductor's scan fails on wide rows (torch 2.11: "list indices must be integers")
-def running_sum(p: torch.Tensor) -> torch.Tensor:
-    """Cumulative sum along the last dimension."""
-    return p.cumsum(-1)
 
 
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:

@@ -20,10 +20,12 @@ TRAIN = dict(
     seed=1337)
 SAMPLE = dict(
     init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200,
+    top_p=1.0, stop='', stream=False,
     seed=1337, device='auto', dtype='auto', compile=False)
 BENCH = dict(
-    batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto', compile=True,
-    profile=False, dataset='openwebtext', **GPT2, gradient_accumulation_steps=1, warmup_steps=10, steps=20)
+    mode='train', batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto',
+    compile=True, profile=False, compare=False, dataset='openwebtext', **GPT2, dropout=0.0,
+    gradient_accumulation_steps=1, warmup_steps=10, steps=20, prompt_tokens=16, max_new_tokens=256, top_k=200)
 SCRIPTS = {'train.py': TRAIN, 'sample.py': SAMPLE, 'bench.py': BENCH}
 
 

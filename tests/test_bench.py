@@ -1,0 +1,78 @@
+"""bench.py: times train.py's own loop, and says so in the lines that people parse."""
+
+import json
+import os
+import re
+import tempfile
+
+import pytest
+import torch
+
+from .conftest import flags
+
+SMALL = dict(device='cpu', dtype='float32', compile=False, real_data=False, batch_size=2, block_size=16, n_layer=1,
+             n_head=2, n_embd=8, warmup_steps=1, steps=2)
+TIME = re.compile(r'^time per iteration: (\d+\.\d{4})ms, MFU: (-?\d+\.\d\d)%$', re.M)
+RATE = re.compile(r'^([\d,]+) tok/s, ', re.M)
+
+
+@pytest.fixture
+def bench(script, capsys, tmp_path, monkeypatch):
+    """bench(**knobs) runs bench.py in an empty working directory and returns what it printed."""
+    torch.set_num_threads(1)
+    (tmp_path / 'cwd').mkdir()
+    (tmp_path / 'temp').mkdir()
+    monkeypatch.chdir(tmp_path / 'cwd')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temp'))
+
+    def execute(**knobs):
+        script('bench.py', *flags(**{**SMALL, **knobs}))
+        return capsys.readouterr().out
+    return execute
+
+
+def test_the_lines_that_people_parse(bench, tmp_path):
+    out = bench()
+    [(ms, mfu)], [rate] = TIME.findall(out), RATE.findall(out)
+    assert mfu == '-100.00'  # the peak of a CPU is unknown
+    assert int(rate.replace(',', '')) == pytest.approx(2 * 16 / (float(ms) / 1000), rel=0.01)
+    assert 'number of parameters: 0.40M' in out  # 50304 rows of 8 and one block
+    left = [name for name in os.listdir(tmp_path / 'temp') if not name.startswith('torchinductor')]  # torch's own
+    assert os.listdir() == left == []  # nothing stays behind
+
+
+def test_it_times_as_many_tokens_as_the_knobs_say(bench):
+    out = bench(gradient_accumulation_steps=3, steps=1)
+    assert 'tokens per iteration will be: 96' in out
+    [(ms, _)], [rate] = TIME.findall(out), RATE.findall(out)
+    assert int(rate.replace(',', '')) == pytest.approx(96 / (float(ms) / 1000), rel=0.01)
+
+
+def test_generation(bench):
+    out = bench(mode='sample', max_new_tokens=5, prompt_tokens=3, top_k=5, compare=True)
+    assert re.search(r'^generate, 2 x 5 tokens: [\d,]+ tok/s, ', out, re.M)
+    assert re.search(r'^a loop without a cache: [\d,]+ tok/s, .* times as long as ours$', out, re.M)
+    assert re.search(r'^transformers, its cache: [\d,]+ tok/s, .* times as long as ours$', out, re.M)
+
+
+def test_real_data(bench, dataset):
+    out = bench(real_data=True, dataset=dataset)
+    assert TIME.search(out) and 'number of parameters: 0.00M' in out  # 11 rows of 8, not 50304
+
+
+def test_a_profile_is_written_beside_the_caller(bench):
+    out = bench(profile=True)
+    assert TIME.search(out) and 'aten::' in out
+    assert re.search(r'^matmul +\d+\.\d+ ms a step +\d+\.\d%$', out, re.M)
+    with open(os.path.join('bench_profile', 'trace.json'), encoding='utf-8') as f:
+        events = json.load(f)['traceEvents']
+    assert any('scaled_dot_product' in str(e.get('name')) for e in events)
+
+
+def test_mistakes_are_one_line_each(bench, capsys):
+    for knobs, problems in ((dict(steps=0, warmup_steps=0), ['bench.py: warmup_steps=0 must be at least 1',
+                                                             'bench.py: steps=0 must be at least 1']),
+                            (dict(n_head=3), ['bench.py: n_embd=8 must be a multiple of n_head=3'])):
+        with pytest.raises(SystemExit) as ended:
+            bench(**knobs)
+        assert ended.value.code == 2 and capsys.readouterr().err.splitlines() == problems
