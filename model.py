@@ -230,7 +230,7 @@ class GPT(nn.Module):
         temperature 0 is greedy; top_k keeps the k likeliest ids (None or 0: all), top_p the fewest that have
         this much probability together (Holtzman et al. 2019); ids from vocab_size on, a padding, are never drawn.
         A token is the inverse of the distribution's CDF at uniforms (B, max_new_tokens) in [0, 1); by default they come
-        from torch's CPU generator. On CUDA a step is captured once per BUCKET of positions and replayed.
+        from torch's CPU generator. On CUDA a step is captured once per bucket of positions and replayed.
         """
         (B, T), S, device = idx.shape, self.config.block_size, idx.device
         if uniforms is None:
@@ -254,7 +254,8 @@ class GPT(nn.Module):
         def read_window() -> None:  # past block_size every position shifts, so nothing of the cache stays true
             put(self(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
 
-        bucket = BUCKET if device.type == 'cuda' else 1
+        # attention reads the filled part of the cache, on CUDA rounded up so that one captured step serves a while
+        bucket = 1 if device.type != 'cuda' else 512 if B <= 8 else 128
         # inductor fails on a scan over wide rows (torch 2.11: "list indices must be integers")
         scan = torch.compiler.disable(torch.cumsum) if compiled else torch.cumsum
         cached = min(S, T + max_new_tokens - 1)  # tokens that are ever read through the cache
@@ -417,9 +418,6 @@ def captured(function, device: torch.device):
         return result
 
     return call
-
-
-BUCKET = 128  # a step on CUDA attends to the filled part of the cache, rounded up to a multiple of this
 
 
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
