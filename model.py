@@ -440,6 +440,15 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
 
 
+def optimizer_fits(optimizer: torch.optim.AdamW, stored) -> bool:
+    """Whether a stored AdamW state dict has step and moments for each parameter of `optimizer`, in their shapes."""
+    state = stored.get('state') if isinstance(stored, dict) else None
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    return isinstance(state, dict) and set(state) == set(range(len(params))) and all(
+        isinstance(s, dict) and s.keys() == {'step', 'exp_avg', 'exp_avg_sq'} and s['exp_avg'].shape == p.shape
+        and s['exp_avg_sq'].shape == p.shape for p, s in zip(params, map(state.get, range(len(params)))))
+
+
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
     """Learning rate of update `it`: linear warm-up, half a cosine to min_lr (Loshchilov and Hutter 2016)."""
     if it < warmup_iters:

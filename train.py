@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
-from data.runlog import RunLog
-from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, resolve
+from data.runlog import RunLog, versions
+from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, optimizer_fits, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -177,6 +177,9 @@ if first:
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if resumed:  # moments and steps from the file, every hyperparameter from the knobs
+    if not optimizer_fits(optimizer, resumed.get('optimizer')):
+        fail(f'the optimizer state of the checkpoint in out_dir={out_dir} does not fit its model; '
+             'sample.py can still use its weights')
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': groups})
     if scaler.is_enabled() and resumed.get('scaler'):
@@ -239,6 +242,11 @@ def save(name):
             os.remove(os.path.join(out_dir, 'last.pt'))
 
 
+def lr_at(step):
+    """Learning rate of an update."""
+    return cosine_lr(step, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
+
+
 def check_finite(*losses):
     """End the run on all ranks, before anything is saved, if a gradient since last time or a loss is not finite."""
     steps = range(iter_num - len(norms), iter_num)
@@ -248,7 +256,7 @@ def check_finite(*losses):
     bad = [step for step, norm in values.items() if not (math.isfinite(norm) or scaler.is_enabled())]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
-        sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr:.3e}, loss scale '
+        sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                  f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
 
 
@@ -295,7 +303,7 @@ if iter_num >= max_iters and resumed:
     if first:
         print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
     sys.exit()
-header = {'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile, 'processes': world_size,
+header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile, 'processes': world_size,
           'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
@@ -319,7 +327,7 @@ logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # trained since th
 raw_model.train()
 
 while True:
-    lr = cosine_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
+    lr = lr_at(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = group['lr'].fill_(lr) if capture else lr
 

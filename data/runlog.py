@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 
 class RunLog:
@@ -54,6 +56,17 @@ def _before(path: str, resumed_at: int) -> list[str]:
                 if isinstance(record, dict) and (record.get('kind') == 'run' or record.get('iter', 0) < resumed_at):
                     kept.append(line)
     return kept
+
+
+def versions() -> dict:
+    """The Python and, in a git checkout, the commit that are running: for a run's header."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
+        commit = done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):  # no git
+        commit = None
+    return {'commit': commit, 'python': sys.version.split()[0]}
 
 
 def _start_wandb(settings: dict, config: dict):

@@ -1,0 +1,266 @@
+"""data/checkpoint.py: what is saved comes back, and nothing else ever loads."""
+
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataError
+from data import checkpoint as ckpt
+
+from .conftest import ROOT
+
+
+def example(iter_num: int = 5) -> dict:
+    """A checkpoint in miniature, with every type that a real one holds."""
+    generator = torch.Generator().manual_seed(iter_num)
+    weight = torch.randn(6, 4, generator=generator)
+    return {
+        'model': {'transformer.wte.weight': weight, 'lm_head.weight': weight, 'half': weight.bfloat16()},
+        'optimizer': {'state': {0: {'step': torch.tensor(5.0), 'exp_avg': torch.zeros(6, 4)}},
+                      'param_groups': [{'lr': 1e-3, 'betas': (0.9, 0.95), 'fused': None, 'params': [0]}]},
+        'model_args': {'n_layer': 1, 'bias': False, 'dropout': 0.0}, 'iter_num': iter_num, 'best_val_loss': 1.5,
+        'config': {'out_dir': 'résumé', 'compile': False}, 'codec': {'tokenizer': 'char', 'chars': '\n ab\U0001f600'}}
+
+
+def same(a, b) -> bool:
+    """Equal in type, structure and every bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def refusal(path) -> str:
+    """The message with which a file is refused."""
+    with pytest.raises(DataError) as caught:
+        ckpt.load(str(path))
+    assert str(path) in str(caught.value) and 'weights_only' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    ckpt.save(path, example())
+    assert same(ckpt.load(path), example())
+    ckpt.save(path, example(6))
+    assert same(ckpt.load(path), example(6)) and not same(ckpt.load(path), example(5))
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_a_bare_file_name_is_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ckpt.save('ckpt.pt', example())
+    assert same(ckpt.load('ckpt.pt'), example())
+
+
+def test_tied_tensors_are_stored_once(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    ckpt.save(path, example())
+    model = ckpt.load(path)['model']
+    assert model['lm_head.weight'].data_ptr() == model['transformer.wte.weight'].data_ptr()
+
+
+# -- damaged files --------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    'empty': lambda raw: b'',
+    'one byte': lambda raw: raw[:1],
+    'half': lambda raw: raw[:len(raw) // 2],
+    'a byte short': lambda raw: raw[:-1],
+    'start lost': lambda raw: raw[100:],
+    'zeroed': lambda raw: bytes(len(raw)),
+    'zeros at the end': lambda raw: raw[:len(raw) // 2] + bytes(len(raw) - len(raw) // 2),
+    'a page of zeros': lambda raw: raw[:1000] + bytes(512) + raw[1512:],
+    'text': lambda raw: b'<html>404</html>' * 40,
+    'a bare pickle': lambda raw: pickle.dumps({'model': {}, 'model_args': {}, 'iter_num': 1}),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_named_with_the_size_and_the_other_file(tmp_path, damage):
+    path, spare = tmp_path / 'ckpt.pt', tmp_path / 'last.pt'
+    ckpt.save(str(path), example())
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    message = refusal(path)
+    assert 'damaged' in message and f'({path.stat().st_size:,} bytes)' in message and 'last.pt' not in message
+    ckpt.save(str(spare), example(7))
+    assert str(spare) in refusal(path)
+    with pytest.raises(DataError, match='ckpt.pt .*damaged'):  # the sound file is not taken in silence
+        ckpt.newest(str(tmp_path))
+
+
+def test_a_directory_in_its_place(tmp_path):
+    (tmp_path / 'ckpt.pt').mkdir()
+    assert 'damaged or not a checkpoint' in refusal(tmp_path / 'ckpt.pt')
+    with pytest.raises(DataError, match='ckpt.pt'):
+        ckpt.load(ckpt.newest(str(tmp_path)))
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'ckpt.pt', 'w') as z:
+        z.writestr('readme.txt', 'hello')
+    assert 'not a checkpoint' in refusal(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('content, named', [
+    ([1, 2], 'not a checkpoint'), (torch.zeros(3), 'not a checkpoint'), ({}, 'model, model_args, iter_num missing'),
+    ({'model': {}, 'iter_num': 1}, 'model_args missing'),
+    ({**example(), 'more': torch.eye(3).to_sparse()}, 'not a checkpoint'),
+    ({**example(), 'more': torch.zeros(3, device='meta')}, 'not a checkpoint'),
+    ({**example(), 'more': {(1, 2): 3}}, 'not a checkpoint'), ({**example(), 'more': {1, 2}}, 'not a checkpoint'),
+    ({**example(), 'more': np.float64(1)}, 'not a checkpoint')],
+    ids=['list', 'tensor', 'empty', 'no model_args', 'sparse', 'meta', 'tuple key', 'set', 'numpy'])
+def test_other_contents_are_no_checkpoint(tmp_path, content, named):
+    torch.save(content, tmp_path / 'ckpt.pt')
+    assert named in refusal(tmp_path / 'ckpt.pt')
+
+
+def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    ckpt.save(str(path), example())
+    raw, rng = path.read_bytes(), random.Random(0)
+    places = rng.sample(range(8 * len(raw)), 1500)
+    places += range(8 * (len(raw) - 22), 8 * len(raw), 3)  # the end record
+    with zipfile.ZipFile(path) as z:  # of every member: the header, the first bytes, and the entry in the directory
+        for info in z.infolist():
+            places += range(8 * info.header_offset, 8 * (info.header_offset + 30), 11)
+        places += range(8 * z.start_dir, 8 * (z.start_dir + 100), 5)
+    refused = 0
+    for place in places:
+        flipped = bytearray(raw)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = ckpt.load(str(path))
+        except DataError as e:
+            assert 'damaged' in str(e) or 'not a checkpoint' in str(e)
+            refused += 1
+        else:
+            assert same(loaded, example()), f'bit {place} of {8 * len(raw)} was let through'
+    assert refused > len(places) / 4
+
+
+def test_every_bit_of_a_tensor_counts(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    ckpt.save(str(path), example())
+    raw = path.read_bytes()
+    start = raw.index(example()['model']['lm_head.weight'].numpy().tobytes())
+    for place in range(8 * start, 8 * (start + 96)):
+        flipped = bytearray(raw)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert 'damaged: the checksum of' in refusal(path)
+
+
+class Payload:
+    """Unpickled, it would create a folder."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
+    marker, path = tmp_path / 'ran', tmp_path / 'ckpt.pt'
+    torch.save({**example(), 'more': Payload(marker)}, path)
+    assert 'not a checkpoint' in refusal(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # so the payload does work
+
+
+# -- saving where it cannot be done ---------------------------------------------------------------------------------
+
+SAVE_UNDER_A_LIMIT = """
+import resource, sys
+from data import checkpoint as ckpt
+import torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+ckpt.save(sys.argv[1], {'model': {'w': torch.ones(int(sys.argv[2]))}, 'model_args': {}, 'iter_num': 6})
+"""
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no RLIMIT_FSIZE')
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    ckpt.save(str(path), example())
+    before = path.read_bytes()
+    done = subprocess.run([sys.executable, '-c', SAVE_UNDER_A_LIMIT, str(path), '1000000'], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert re.fullmatch(rf'{re.escape(str(path))} could not be written \(.*\); the one that stood there is intact: '
+                        r'free some space or choose another --out_dir\n', done.stderr), done.stderr
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+@pytest.mark.parametrize('size', [10, 1_000_000])
+def test_no_space_left_on_the_device(tmp_path, size):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint = {**example(), 'more': torch.ones(size)}
+    for old in (False, True):
+        if old:
+            ckpt.save(str(path), example())
+        os.symlink('/dev/full', f'{path}.tmp')
+        with pytest.raises(DataError, match='could not be written') as caught:
+            ckpt.save(str(path), checkpoint)
+        assert ('is intact' in str(caught.value)) == old
+        assert os.listdir(tmp_path) == (['ckpt.pt'] if old else [])
+    assert same(ckpt.load(str(path)), example())
+
+
+def test_no_folder_to_save_to(tmp_path):
+    with pytest.raises(DataError, match='could not be written'):
+        ckpt.save(str(tmp_path / 'gone' / 'ckpt.pt'), example())
+
+
+# -- the files of a run ---------------------------------------------------------------------------------------------
+
+def test_newest_is_the_one_further_on(tmp_path):
+    best, last = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'last.pt')
+    assert ckpt.newest(str(tmp_path)) is None and ckpt.newest(str(tmp_path / 'gone')) is None
+    ckpt.save(last, example(4))
+    assert ckpt.newest(str(tmp_path)) == last
+    ckpt.save(best, example(8))
+    assert ckpt.newest(str(tmp_path)) == best
+    ckpt.save(last, example(12))
+    assert ckpt.newest(str(tmp_path)) == last
+
+
+@pytest.mark.parametrize('fresh', [True, False])
+def test_claim_removes_what_a_killed_save_left(tmp_path, fresh):
+    for name in ('ckpt.pt.tmp', 'last.pt.tmp', 'log.jsonl.tmp', 'notes.tmp'):
+        (tmp_path / name).write_bytes(b'half')
+    assert ckpt.claim(str(tmp_path), fresh) == [] and os.listdir(tmp_path) == ['notes.tmp']
+
+
+def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
+    names = ['ckpt.pt', 'last.pt', 'log.jsonl']
+    kept = ['ckpt.prev.pt', 'last.prev.pt', 'log.prev.jsonl']
+    for name in names:
+        (tmp_path / name).write_text(name)
+    assert ckpt.claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == names
+    assert ckpt.claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == kept
+    (tmp_path / 'ckpt.pt').write_text('newer')
+    assert ckpt.claim(str(tmp_path), fresh=True) == kept[:1]
+    assert (tmp_path / 'ckpt.prev.pt').read_text() == 'newer' and (tmp_path / 'last.prev.pt').read_text() == 'last.pt'
+
+
+def test_claim_makes_the_folder_or_says_why_not(tmp_path):
+    assert ckpt.claim(str(tmp_path / 'a' / 'b'), fresh=True) == [] and (tmp_path / 'a' / 'b').is_dir()
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(DataError, match=r'out_dir=\S+ cannot be written \(.+\): choose another with --out_dir'):
+        ckpt.claim(str(tmp_path / 'file' / 'out'), fresh=True)

@@ -1,0 +1,302 @@
+"""Signals, kills, NaN, lost processes: a run ends in order or is cut off, and its checkpoint is whole either way."""
+
+import functools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from data import checkpoint as ckpt
+from tests.conftest import ROOT, TINY, flags, torchrun
+from tests.kill_loop import assert_same, ended, kill_loop, latest, records, start, start_ranks, text
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and signals')
+KNOBS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 4}
+STOPPED = re.compile(r'^stopped by a signal after (\d+) updates; --init_from=resume goes on from here$', re.MULTILINE)
+TRAIN = os.path.join(ROOT, 'train.py')
+
+
+@pytest.fixture
+def knobs(dataset, tmp_path):
+    """knobs(name=value) as arguments of a run in tmp_path/out."""
+    def arguments(**more):
+        return flags(**{**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / 'out', **more})
+    return arguments
+
+
+def until(condition, timeout=90):
+    """Wait for something that another process does."""
+    give_up = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < give_up, 'waited in vain'
+        time.sleep(0.005)
+
+
+def updates_logged(out_dir):
+    return text(os.path.join(out_dir, 'log.jsonl')).count('{"kind": "train"')
+
+
+def assert_stopped_in_order(out_dir, output):
+    """One message, one checkpoint, and the last record belong to the same update; nothing half-written. The update."""
+    said = STOPPED.findall(output)
+    assert len(said) == 1, output
+    done = int(said[0])
+    assert latest(out_dir)['iter_num'] == done
+    assert [r['iter'] for r in records(out_dir)] == list(range(done))
+    assert not [name for name in os.listdir(out_dir) if name.endswith('.tmp')]
+    return done
+
+
+# -- kill -9 --------------------------------------------------------------------------------------------------------
+
+def test_kill_loop(tmp_path):
+    happened = kill_loop(str(tmp_path), kills=12, seed=1)
+    assert happened['in a save'] > 0  # the loop does what it is for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('always_save_checkpoint, kills', [(True, 50), (False, 20)])
+def test_long_kill_loop(tmp_path, always_save_checkpoint, kills):
+    """Longer: KILLS=500 python -m pytest -m slow tests/test_faults.py -k long; or tests/kill_loop.py itself."""
+    kills = int(os.environ.get('KILLS', kills))
+    happened = kill_loop(str(tmp_path), kills, seed=2, always_save_checkpoint=always_save_checkpoint)
+    assert happened['in a save'] > kills / 10
+
+
+@pytest.mark.parametrize('init_from', ['scratch', 'resume'])
+def test_stale_tmp_is_removed_at_the_start(script, knobs, tmp_path, init_from):
+    torch.set_num_threads(1)
+    script('train.py', *knobs(max_iters=4))
+    stale = [tmp_path / 'out' / f'{name}.tmp' for name in ('ckpt.pt', 'last.pt', 'log.jsonl')]
+    for path in stale:
+        path.write_bytes(b'PK\x03\x04 cut short')
+    seen = []
+    script('train.py', *knobs(max_iters=5, init_from=init_from, eval_interval=1000),
+           on_step=lambda step, model: seen.append([path.exists() for path in stale]))
+    assert seen[0] == [False, False, False]
+    assert latest(tmp_path / 'out')['iter_num'] == 5
+
+
+# -- signals, one process -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_signal_to_a_real_process(knobs, tmp_path, number):
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, TRAIN, *knobs(max_iters=10**6, eval_interval=10**6)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+    try:
+        until(lambda: updates_logged(out) >= 3)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, stderr) == (0, '')
+    assert assert_stopped_in_order(out, stdout) >= 3
+    assert stdout.splitlines()[-2] == f'saving checkpoint to {out}'
+
+
+def slow_step(at, seconds):
+    """Run in the process: the given update takes this long."""
+    return {'on_step': lambda step, model: time.sleep(seconds) if step == at else None}
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_quits_at_once(knobs, tmp_path, number):
+    out, output = tmp_path / 'out', str(tmp_path / 'output')
+    process = start(knobs(), output, setup=functools.partial(slow_step, 6, 60))
+    until(lambda: updates_logged(out) >= 5)
+    time.sleep(0.3)  # it sleeps in update 6 now
+    os.kill(process.pid, number)
+    time.sleep(0.3)
+    assert process.is_alive()  # it would finish the update
+    os.kill(process.pid, number)
+    assert ended(process, 3) == -number
+    assert not STOPPED.search(text(output))
+    assert latest(out)['iter_num'] == 4
+
+
+def test_signal_during_an_evaluation(knobs, tmp_path):
+    """The evaluation and the update after it are finished, then comes the end."""
+    out, output = tmp_path / 'out', str(tmp_path / 'output')
+    process = start(knobs(eval_iters=400, max_iters=10**6), output)
+    until(lambda: '{"kind": "run"' in text(str(out / 'log.jsonl')))
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process, 60) == 0
+    assert assert_stopped_in_order(out, text(output)) == 1
+    assert len(records(out, 'eval')) == 1
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('told', [0, 1])
+@pytest.mark.parametrize('log_interval', [1, 5])
+def test_all_ranks_stop_when_one_is_told_to(knobs, tmp_path, told, log_interval):
+    out, output = tmp_path / 'out', str(tmp_path / 'output')
+    ranks = start_ranks(2, knobs(max_iters=10**6, eval_interval=10**6, log_interval=log_interval), output)
+    until(lambda: updates_logged(out) >= 2)
+    os.kill(ranks[told].pid, signal.SIGTERM)
+    assert [ended(rank, 20) for rank in ranks] == [0, 0], text(f'{output}.0.err') + text(f'{output}.1.err')
+    done = int(STOPPED.findall(text(f'{output}.0'))[0])
+    assert latest(out)['iter_num'] == done and done % log_interval == (0 if log_interval == 1 else 1)
+    assert text(f'{output}.1') == ''  # only rank 0 speaks
+
+
+def break_weights(value, rank, at):
+    """Run in each process: after an update one weight of one rank is no number any more."""
+    def on_step(step, model):
+        if step == at and os.environ['RANK'] == str(rank):
+            with torch.no_grad():
+                model.transformer['h'][0].mlp.c_fc.weight[0, 0] = value
+    return {'on_step': on_step}
+
+
+@pytest.mark.parametrize('log_interval', [1, 100])
+@pytest.mark.parametrize('value, rank', [(math.nan, 1), (math.inf, 0)])
+def test_one_rank_that_is_not_finite_stops_all(knobs, tmp_path, value, rank, log_interval):
+    out, output = tmp_path / 'out', str(tmp_path / 'output')
+    ranks = start_ranks(2, knobs(log_interval=log_interval), output, functools.partial(break_weights, value, rank, 6))
+    assert [ended(process) for process in ranks] == [1, 1]
+    said = text(f'{output}.0.err')
+    assert re.fullmatch(r'iter 6: gradient norm (nan|inf), loss \(.*\), lr \d\.\d{3}e-\d\d, loss scale 1: '
+                        r'ended without a save; a lower learning_rate may help\n', said), said
+    assert text(f'{output}.1.err') == ''
+    state = latest(out)
+    assert state['iter_num'] == 4 and all(t.isfinite().all() for t in state['model'].values())
+    assert os.listdir(out).count('last.pt') == 0
+    assert all(isinstance(r['loss'], float) for r in records(out))
+
+
+def launch(*command):
+    """torchrun on two processes, left running."""
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    return subprocess.Popen([*torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            encoding='utf-8', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_sigterm_to_torchrun(knobs, tmp_path):
+    out = tmp_path / 'out'
+    process = launch(TRAIN, *knobs(max_iters=10**6, eval_interval=10**6))
+    try:
+        until(lambda: updates_logged(out) >= 3)
+        told = time.monotonic()
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - told < 30
+    assert assert_stopped_in_order(out, stdout) >= 3
+    assert 'SIGKILL' not in stderr and stderr.count('Traceback') == 1  # torchrun's own; its workers had no trouble
+
+
+WRAPPER = '''
+import os, runpy, signal, sys
+sys.path[0] = os.path.dirname({train!r})
+def on_step(step, model):
+    if os.environ['RANK'] == {rank!r} and step == 6:
+        {fault}
+runpy.run_path({train!r}, init_globals={{'on_step': on_step}}, run_name='__main__')
+'''
+
+
+def faulty(tmp_path, rank, fault):
+    """A script that runs train.py, in which one rank meets with something after its sixth update."""
+    path = tmp_path / 'faulty.py'
+    path.write_text(WRAPPER.format(rank=str(rank), fault=fault, train=TRAIN), encoding='utf-8')
+    return str(path)
+
+
+def assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path):
+    """What two processes left is resumed on one, and equals a run on one process to rounding."""
+    torch.set_num_threads(1)
+    assert latest(tmp_path / 'out')['iter_num'] == 4
+    script('train.py', *knobs(init_from='resume'))
+    script('train.py', *knobs(out_dir=tmp_path / 'straight'))
+    a, b = records(tmp_path / 'out'), records(tmp_path / 'straight')
+    assert [r['iter'] for r in a] == [r['iter'] for r in b] == list(range(12))
+    assert [r['loss'] for r in a] == pytest.approx([r['loss'] for r in b], rel=1e-5)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_killed_rank_ends_the_other(script, knobs, tmp_path, rank):
+    output = str(tmp_path / 'output')
+    ranks = start_ranks(2, knobs(), output, functools.partial(slow_step, 6, 1))
+    until(lambda: updates_logged(tmp_path / 'out') >= 5)
+    ranks[rank].kill()
+    assert ended(ranks[rank]) == -signal.SIGKILL
+    assert ended(ranks[1 - rank], 20) == 1
+    assert 'Traceback (most recent call last)' in text(f'{output}.{1 - rank}.err')
+    assert not STOPPED.search(text(f'{output}.0'))
+    assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_rank_ends_the_job(script, knobs, tmp_path):
+    done = torchrun(2, faulty(tmp_path, 1, 'os.kill(os.getpid(), signal.SIGKILL)'), *knobs(), timeout=60)
+    assert done.returncode == 1
+    assert 'exitcode  : -9' in done.stderr, done.stderr
+    assert not STOPPED.search(done.stdout)
+    assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path)
+
+
+@pytest.mark.slow
+def test_rank_that_raises_ends_the_job(knobs, tmp_path):
+    done = torchrun(2, faulty(tmp_path, 1, "raise RuntimeError('the trouble of rank 1')"), *knobs(), timeout=60)
+    assert done.returncode == 1
+    assert 'Traceback (most recent call last)' in done.stderr
+    assert 'RuntimeError: the trouble of rank 1' in done.stderr
+    assert 'faulty.py", line 6, in on_step' in done.stderr  # where it happened
+    assert latest(tmp_path / 'out')['iter_num'] == 4
+
+
+@pytest.mark.slow
+def test_hung_rank_does_not_outlive_sigterm(knobs, tmp_path):
+    """torchrun kills after 30 s what did not stop; the checkpoint from before stays."""
+    path, out = faulty(tmp_path, 1, "__import__('time').sleep(1000)"), tmp_path / 'out'
+    process = launch(path, *knobs())
+    try:
+        until(lambda: updates_logged(out) >= 5)
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 1
+    finally:
+        process.kill()
+    assert latest(out)['iter_num'] == 4
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_bit_for_bit(knobs, tmp_path):
+    """Signals to one rank, then to the other, then to the end: equal to two processes that nobody disturbed."""
+    output, leg = str(tmp_path / 'output'), 0
+    for told in (1, 0):
+        seen = latest(tmp_path / 'out')['iter_num'] if leg else 0
+        ranks = start_ranks(2, knobs(max_iters=400, eval_interval=10**6, init_from='resume' if leg else 'scratch'),
+                            output)
+        until(lambda seen=seen: updates_logged(tmp_path / 'out') >= seen + 10)
+        os.kill(ranks[told].pid, signal.SIGINT)
+        assert [ended(rank, 20) for rank in ranks] == [0, 0]
+        leg += 1
+    final = latest(tmp_path / 'out')['iter_num'] + 10
+    for more in ({'init_from': 'resume'}, {'out_dir': tmp_path / 'straight'}):
+        ranks = start_ranks(2, knobs(max_iters=final, eval_interval=10**6, **more), output)
+        assert [ended(rank) for rank in ranks] == [0, 0]
+    assert_same(tmp_path / 'out', tmp_path / 'straight')
+
+
+def test_damage_is_noticed(tmp_path):
+    """What the kill loop relies on: a checkpoint cut short anywhere does not load."""
+    path = str(tmp_path / 'ckpt.pt')
+    ckpt.save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})
+    size = os.path.getsize(path)
+    for cut in (0, 1, size // 2, size - 1):
+        with open(path, 'r+b') as f:
+            f.truncate(size - 1 - cut)
+        with pytest.raises(ckpt.DataError, match='damaged'):
+            ckpt.load(path)
+        ckpt.save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})

@@ -1,0 +1,116 @@
+"""data/runlog.py: log.jsonl holds each step once, whatever happened to the run."""
+
+import glob
+import json
+import math
+
+import pytest
+
+from data.runlog import RunLog
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'log.jsonl'
+
+
+@pytest.fixture
+def logged(path):
+    """The log of a run of six updates."""
+    log = RunLog(str(path), {'lr': 1e-3})
+    for i in range(6):
+        log.write('train', iter=i, loss=float(i))
+    log.write('eval', **{'iter': 6, 'val/loss': 2.0})
+    log.close()
+    return path
+
+
+def test_one_object_a_line(path):
+    log = RunLog(str(path), {'config': {'out_dir': 'résumé', 'compile': False}, 'device': 'cpu'})
+    log.write('train', iter=0, loss=2.5)
+    log.write('eval', **{'iter': 1, 'val/loss': 2.25})
+    log.close()
+    assert records(path) == [
+        {'kind': 'run', 'iter': 0, 'config': {'out_dir': 'résumé', 'compile': False}, 'device': 'cpu'},
+        {'kind': 'train', 'iter': 0, 'loss': 2.5}, {'kind': 'eval', 'iter': 1, 'val/loss': 2.25}]
+
+
+def test_a_record_is_on_disk_as_soon_as_it_is_written(path):
+    log = RunLog(str(path), {})
+    log.write('train', iter=0, loss=1.0)
+    assert records(path)[-1] == {'kind': 'train', 'iter': 0, 'loss': 1.0}
+    log.close()
+
+
+def test_what_is_not_finite_is_written_by_name(path):
+    log = RunLog(str(path), {})
+    log.write('train', iter=0, loss=math.nan, norm=math.inf, lr=-math.inf, ms=1.0)
+    log.close()
+
+    def refuse(word):
+        raise AssertionError(f'{word} is no JSON')
+
+    last = json.loads(path.read_text().splitlines()[-1], parse_constant=refuse)
+    assert last == {'kind': 'train', 'iter': 0, 'loss': 'nan', 'norm': 'inf', 'lr': '-inf', 'ms': 1.0}
+
+
+@pytest.mark.parametrize('resumed_at', [1, 3, 6, 7])
+def test_a_resumed_run_drops_what_it_will_do_again(logged, resumed_at):
+    RunLog(str(logged), {'lr': 1e-4}, resumed_at=resumed_at).close()
+    first, *steps, last = records(logged)
+    assert first['kind'] == 'run' and last == {'kind': 'run', 'iter': resumed_at, 'lr': 1e-4}
+    assert [r['iter'] for r in steps] == [i for i in (0, 1, 2, 3, 4, 5, 6) if i < resumed_at]
+    assert [r['kind'] for r in steps] == ['train', 'train', 'train', 'train', 'train', 'train', 'eval'][:resumed_at]
+
+
+def test_a_fresh_run_starts_an_empty_log(logged):
+    RunLog(str(logged), {}).close()
+    assert records(logged) == [{'kind': 'run', 'iter': 0}]
+
+
+@pytest.mark.parametrize('broken', [b'{"kind": "train", "iter": 2, "lo', b'\xff\xfe\n', b'\n\n', b'17\n', b'"text"\n',
+                                    b'[1]\n', b'\0' * 300])
+def test_lines_that_a_kill_broke_are_dropped(logged, broken):
+    with open(logged, 'ab') as f:
+        f.write(broken)
+    log = RunLog(str(logged), {}, resumed_at=3)
+    log.write('train', iter=3, loss=0.5)
+    log.close()
+    assert [(r['kind'], r['iter']) for r in records(logged)] == [
+        ('run', 0), ('train', 0), ('train', 1), ('train', 2), ('run', 3), ('train', 3)]
+
+
+def test_resuming_without_a_log_begins_one(path):
+    RunLog(str(path), {}, resumed_at=3).close()
+    assert records(path) == [{'kind': 'run', 'iter': 3}]
+
+
+def test_without_a_path_nothing_happens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log = RunLog(None, {'lr': 1.0}, wandb={'project': 'p', 'name': 'n'})
+    log.write('train', iter=0, loss=1.0)
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ''
+
+
+def test_wandb_offline_for_real(path, tmp_path, monkeypatch, request):
+    wandb = pytest.importorskip('wandb')
+    wandb.teardown()  # its service would remember another folder
+    request.addfinalizer(wandb.teardown)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    log = RunLog(str(path), {'config': {'seed': 1}}, wandb={'project': 'exact', 'name': 'tiny'})
+    log.write('train', iter=0, loss=1.0, norm=2.0)
+    log.write('eval', **{'iter': 1, 'train/loss': 2.0, 'val/loss': 2.5, 'lr': 1e-3, 'mfu': -100.0})
+    log.close()
+    wandb.teardown()  # its service writes the file, and may lag behind
+    [file] = glob.glob(str(tmp_path / 'wandb' / 'offline-run-*' / '*.wandb'))
+    with open(file, 'rb') as f:
+        raw = f.read()
+    assert [w for w in (b'exact', b'tiny', b'train/loss', b'val/loss', b'lr', b'mfu', b'iter') if w not in raw] == []
+    assert b'norm' not in raw
+    assert [r['kind'] for r in records(path)] == ['run', 'train', 'eval']
