@@ -303,8 +303,8 @@ if iter_num >= max_iters and resumed:
     if first:
         print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
     sys.exit()
-header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile, 'processes': world_size,
-          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
+header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
+          'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 

@@ -61,7 +61,7 @@ def test_kill_loop(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('always_save_checkpoint, kills', [(True, 50), (False, 20)])
+@pytest.mark.parametrize('always_save_checkpoint, kills', [(True, 50), (False, 12)])
 def test_long_kill_loop(tmp_path, always_save_checkpoint, kills):
     """Longer: KILLS=500 python -m pytest -m slow tests/test_faults.py -k long; or tests/kill_loop.py itself."""
     kills = int(os.environ.get('KILLS', kills))
