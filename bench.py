@@ -128,7 +128,7 @@ def time_train() -> float:
             raise Enough(model)
 
     here = os.path.dirname(os.path.abspath(__file__))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         source = dataset
         if not real_data:
             source = os.path.join(scratch, 'data')

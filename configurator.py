@@ -22,6 +22,7 @@ def _configure(space):
     import io
     import numbers
     import os
+    import re
     import sys
     import tokenize
     import traceback
@@ -143,7 +144,7 @@ def _configure(space):
         sys.exit(0)
 
     words = sys.argv[1:]
-    if '--help' in words or words[:1] == ['-h']:
+    if any(w == '--help' or (w == '-h' and not re.fullmatch('--[^=]+', p)) for p, w in zip(['', *words], words)):
         show_help()
     while words:
         word = words.pop(0)

@@ -440,13 +440,21 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
 
 
-def optimizer_fits(optimizer: torch.optim.AdamW, stored) -> bool:
-    """Whether a stored AdamW state dict has step and moments for each parameter of `optimizer`, in their shapes."""
+def optimizer_misfit(optimizer: torch.optim.AdamW, stored) -> str | None:
+    """What a stored AdamW state dict lacks, or has in another shape, for the parameters of `optimizer`, or None."""
     state = stored.get('state') if isinstance(stored, dict) else None
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    return isinstance(state, dict) and set(state) == set(range(len(params))) and all(
-        isinstance(s, dict) and s.keys() == {'step', 'exp_avg', 'exp_avg_sq'} and s['exp_avg'].shape == p.shape
-        and s['exp_avg_sq'].shape == p.shape for p, s in zip(params, map(state.get, range(len(params)))))
+    if not isinstance(state, dict):
+        return 'it has none'
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))
+    for i, p in params.items():
+        entry = state.get(i)
+        if not isinstance(entry, dict) or entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
+            return f'parameter {i} is missing'
+        for name in ('exp_avg', 'exp_avg_sq'):
+            if getattr(entry[name], 'shape', None) != p.shape:
+                return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))}, '
+                        f'the model needs {tuple(p.shape)}')
+    return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
 
 
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:

@@ -89,7 +89,7 @@ model.eval().to(device, dtype)
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 
 if not start:
-    start = '\n' if tokenizer.name == 'char' else codec.END_OF_TEXT
+    start = codec.END_OF_TEXT if tokenizer.name == 'gpt2' else '\n' if '\n' in tokenizer.chars else tokenizer.chars[0]
 ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')

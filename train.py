@@ -12,7 +12,6 @@ On several nodes, the same command on each, with its own --node_rank and the add
 
 import contextlib
 import datetime
-import logging
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
 from data.runlog import RunLog, versions
-from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, optimizer_fits, resolve
+from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, optimizer_misfit, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ problems = [message for bad, message in [
     (eval_iters < 1, f'eval_iters={eval_iters} must be at least 1'),
     (max_iters < 0, f'max_iters={max_iters} must not be negative'),
     (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be above 0'),
-    (decay_lr and not 0 <= min_lr <= learning_rate, f'min_lr={min_lr} must lie in [0, learning_rate={learning_rate}]'),
+    (not 0 <= min_lr < math.inf, f'min_lr={min_lr} must not be negative'),
     (warmup_iters < 0, f'warmup_iters={warmup_iters} must not be negative'),
     (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative'),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1} and beta2={beta2} must lie in [0, 1)'),
@@ -115,7 +114,6 @@ torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
 torch.utils.deterministic.fill_uninitialized_memory = False
-logging.getLogger('torch._dynamo.variables').setLevel(logging.ERROR)  # DDP's profiler marks, lost in a graph
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 if first:
@@ -177,9 +175,8 @@ if first:
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if resumed:  # moments and steps from the file, every hyperparameter from the knobs
-    if not optimizer_fits(optimizer, resumed.get('optimizer')):
-        fail(f'the optimizer state of the checkpoint in out_dir={out_dir} does not fit its model; '
-             'sample.py can still use its weights')
+    if misfit := optimizer_misfit(optimizer, resumed.get('optimizer')):
+        fail(f'the optimizer state of the checkpoint in out_dir={out_dir} does not fit its model: {misfit}')
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': groups})
     if scaler.is_enabled() and resumed.get('scaler'):
@@ -192,10 +189,10 @@ if compile:
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# the order: DDP around raw_model, compile around both, so that the graph is cut where gradients are exchanged
-model = ddp_model = DistributedDataParallel(raw_model) if ddp else raw_model
-if compile:
-    model = torch.compile(model, dynamic=False)  # evaluation has its own batch size and its own graph
+# the order: compile raw_model, DDP around that: one graph, so one dropout, on any number of processes
+model = torch.compile(raw_model, dynamic=False) if compile else raw_model  # evaluation gets a graph of its own
+if ddp:
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
 
@@ -304,7 +301,7 @@ if iter_num >= max_iters and resumed:
         print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
     sys.exit()
 header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
-          'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type}
+          'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 
@@ -343,7 +340,7 @@ while True:
                              'mfu': 100 * mfu})
         improved = losses['val'] < best_val_loss
         best_val_loss = min(losses['val'], best_val_loss)
-        if iter_num > saved_at:
+        if iter_num > saved_at or (improved and resumed):  # a signal may have saved this state before it was evaluated
             save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
             saved_at = iter_num
         eval_time, clock = time.perf_counter() - clock, time.perf_counter()
@@ -358,7 +355,7 @@ while True:
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
         if ddp:  # gradients are exchanged in the last backward pass
-            ddp_model.require_backward_grad_sync = m == micro_steps - 1
+            model.require_backward_grad_sync = m == micro_steps - 1
         forward_backward(to_device(x), to_device(y))
     norms.append(clip_and_step().clone())
     iter_num += 1

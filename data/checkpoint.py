@@ -30,8 +30,9 @@ def save(path: str, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
         kept = '; the one that stood there is intact' if os.path.exists(path) else ''
-        raise DataError(f'{path} could not be written ({e}){kept}: free some space or choose another --out_dir',
+        raise DataError(f'{path} could not be written ({cause}){kept}: free some space or choose another --out_dir',
                         one_rank=True) from e
 
 

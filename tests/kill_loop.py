@@ -133,7 +133,7 @@ def kill_loop(folder: str, kills: int, seed: int = 0, **knobs) -> dict:
     done, before_first, torn = 0, 0, 0
     for n in range(kills):
         process = start(flags(**{**run, 'max_iters': 10**6, 'init_from': 'resume' if done else 'scratch'}), output)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.3))
         if n % 2:  # every other one dies in the middle of a save
             tmp = [os.path.join(out_dir, name + '.tmp') for name in ckpt.NAMES]
             give_up = time.monotonic() + 5

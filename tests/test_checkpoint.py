@@ -130,7 +130,7 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / 'ckpt.pt'
     ckpt.save(str(path), example())
     raw, rng = path.read_bytes(), random.Random(0)
-    places = rng.sample(range(8 * len(raw)), 1500)
+    places = rng.sample(range(8 * len(raw)), 1200)
     places += range(8 * (len(raw) - 22), 8 * len(raw), 3)  # the end record
     with zipfile.ZipFile(path) as z:  # of every member: the header, the first bytes, and the entry in the directory
         for info in z.infolist():
@@ -201,8 +201,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, '-c', SAVE_UNDER_A_LIMIT, str(path), '1000000'], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert re.fullmatch(rf'{re.escape(str(path))} could not be written \(.*\); the one that stood there is intact: '
-                        r'free some space or choose another --out_dir\n', done.stderr), done.stderr
+    assert re.fullmatch(rf'{re.escape(str(path))} could not be written \(.*File too large\); the one that stood there '
+                        r'is intact: free some space or choose another --out_dir\n', done.stderr), done.stderr
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['ckpt.pt']
 
 
@@ -215,7 +215,7 @@ def test_no_space_left_on_the_device(tmp_path, size):
         if old:
             ckpt.save(str(path), example())
         os.symlink('/dev/full', f'{path}.tmp')
-        with pytest.raises(DataError, match='could not be written') as caught:
+        with pytest.raises(DataError, match=r'could not be written \(.*No space left') as caught:
             ckpt.save(str(path), checkpoint)
         assert ('is intact' in str(caught.value)) == old
         assert os.listdir(tmp_path) == (['ckpt.pt'] if old else [])

@@ -57,8 +57,8 @@ def straight(train, tmp_path_factory):
 
 # -- bit for bit, one process ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('dtype, stops', [('float32', (1,)), ('float32', (5,)), ('float32', (2, 3, 7, 11)),
-                                          ('bfloat16', (1, 6))], ids=str)
+@pytest.mark.parametrize('dtype, stops', [('float32', (1, 5)), ('float32', (2, 3, 7, 11)), ('bfloat16', (1, 6))],
+                         ids=str)
 def test_stopped_by_max_iters(train, straight, tmp_path, dtype, stops):
     for n, stop in enumerate((*stops, 12)):
         train('out', dtype=dtype, max_iters=stop, init_from='resume' if n else 'scratch')
@@ -238,7 +238,8 @@ FIT = 'train.py: the weights do not fit the model: '
     (drop_tensor, [FIT + 'transformer.h.1.mlp.c_fc.weight is missing\n']),
     (add_tensor, [FIT + 'transformer.h.2.ln_1.weight is not a tensor of this model\n']),
     (bend_tensor, [FIT + 'transformer.wpe.weight is (15, 32), the model needs (16, 32)\n']),
-    (drop_moments, ['optimizer', '3']), (bend_moments, ['optimizer', '(7, 5)']), (drop_optimizer, ['optimizer'])],
+    (drop_moments, ['optimizer state', 'parameter 3']), (bend_moments, ['optimizer state', 'parameter 2', '(7, 5)']),
+    (drop_optimizer, ['optimizer state'])],
     ids=lambda v: getattr(v, '__name__', ''))
 def test_tensors_that_do_not_fit_are_named(train, dataset, tmp_path, damage, words):
     """In a process of its own, since torch reads past the end of moments that are too short."""
@@ -321,8 +322,8 @@ def assert_close_runs(folder, straight, a, b):
 
 @forks
 def test_two_processes_see_what_one_sees(dataset, tmp_path):
-    one = elastic(dataset, tmp_path / 'one', [(1, 50)])
-    two = elastic(dataset, tmp_path / 'two', [(2, 50)])
+    one = elastic(dataset, tmp_path / 'one', [(1, 25)])
+    two = elastic(dataset, tmp_path / 'two', [(2, 25)])
     assert_close_runs(tmp_path / 'two', tmp_path / 'one', two, one)
 
 

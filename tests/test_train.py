@@ -412,6 +412,7 @@ def test_missing_bins_name_the_prepare_script(train, tmp_path):
         train(dataset='nowhere')
 
 
+@pytest.mark.slow
 def test_a_user_mistake_ends_the_process_with_one_line(tmp_path):
     """DataErrors too, seen from outside."""
     (tmp_path / 'mine').mkdir()
@@ -510,6 +511,7 @@ def test_wandb_without_a_key_or_network(dataset, tmp_path):
     assert len(records(tmp_path / 'out', 'train')) == 2 and (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_compiled_training_goes_on(dataset, tmp_path):
     env = {**os.environ, 'CXX': '/nonexistent', 'PATH': str(tmp_path), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
            'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
