@@ -291,18 +291,13 @@ if capture:
 
 # -- 7 the loop -----------------------------------------------------------------------------------------------------
 
-if eval_only:
-    losses = evaluate()
-    if first:
-        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-    sys.exit()
-if iter_num >= max_iters and resumed:
-    if first:
-        print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
-    sys.exit()
+finished = bool(resumed) and iter_num >= max_iters and not eval_only
+if finished and first:
+    print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
 header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
           'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if first else None, header, resumed_at=iter_num,
+writes = first and not (eval_only or finished)
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if writes else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 
 signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
@@ -323,19 +318,21 @@ started_at, saved_at = iter_num, iter_num if resumed else 0
 logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # trained since the last log line: spent + now - clock
 raw_model.train()
 
-while True:
+while not finished:
     lr = lr_at(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = group['lr'].fill_(lr) if capture else lr
 
     # evaluate and save; the time this takes is not training time
-    if iter_num % eval_interval == 0 or iter_num == max_iters:
+    if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
         check_finite()
         spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
         losses = evaluate()
         check_finite(*losses.values())
         if first:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        if eval_only:
+            break
         log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
                              'mfu': 100 * mfu})
         improved = losses['val'] < best_val_loss
