@@ -118,11 +118,10 @@ def _read_index(folder: str, prepare: str) -> dict:
     except (ValueError, OSError, RecursionError) as e:
         raise DataError(f'{path} cannot be read ({type(e).__name__}): run {prepare} again') from e
     try:
-        gpt2, size = index['tokenizer'] == 'gpt2', index['vocab_size']
-        right = (index['tokenizer'] in ('gpt2', 'char') and type(size) is int and size > 0
-                 and index['dtype'] == ('uint16' if size <= 1 << 16 else 'uint32')
-                 and (index['meta_sha256'] is None and size == codec.GPT2Codec.vocab_size if gpt2
-                      else type(index['meta_sha256']) is str)
+        size, meta = index['vocab_size'], index['meta_sha256']
+        gpt2 = (index['tokenizer'], size, meta) == ('gpt2', codec.GPT2Codec.vocab_size, None)
+        char = index['tokenizer'] == 'char' and type(size) is int and size > 0 and (meta is None or type(meta) is str)
+        right = ((gpt2 or char) and index['dtype'] in DTYPES
                  and (not index['finished'] or {'train', 'val'} <= set(index['splits']))
                  and all(type(e['tokens']) is int and type(e['sha256']) is str for e in index['splits'].values()))
     except (KeyError, TypeError, AttributeError):

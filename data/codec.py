@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import os
 import pickle
 import pickletools
@@ -144,17 +145,17 @@ def from_state(state: dict) -> GPT2Codec | CharCodec:
     raise DataError('the tokenizer stored here is unknown; expected gpt2 or char')
 
 
-# the opcodes of all pickle protocols that build dict, str and int, and of the memo; none of them looks up a class
-PLAIN = set('PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS INT BININT BININT1 BININT2 LONG LONG1 LONG4 UNICODE '
-            'BINUNICODE SHORT_BINUNICODE BINUNICODE8 MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET'.split())
+class _Plain(pickle.Unpickler):
+    """Builds dict, str and int, which need no class look-up; whatever asks for one is refused before it runs."""
 
+    def __init__(self, raw: bytes):
+        for op, argument, _ in pickletools.genops(raw):
+            if 'PUT' in op.name and int(argument) > len(raw):  # a memo of that size would be allocated
+                raise pickle.UnpicklingError(f'{op.name} {argument} is not allowed here')
+        super().__init__(io.BytesIO(raw))
 
-def _plain_pickle(raw: bytes):
-    """The object of a pickle that holds nothing but dict, str and int. Raises ValueError for any other."""
-    for op, argument, _ in pickletools.genops(raw):
-        if op.name not in PLAIN or ('PUT' in op.name and int(argument) > len(raw)):  # a huge index is a huge allocation
-            raise ValueError(f'it holds {op.name} {argument if argument is not None else ""}'.strip())
-    return pickle.loads(raw)
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'{module}.{name} is not allowed here')
 
 
 def read_meta(path: str) -> CharCodec:
@@ -162,7 +163,7 @@ def read_meta(path: str) -> CharCodec:
     again = f'run {os.path.join(os.path.dirname(path), "prepare.py")} again'
     try:
         with open(path, 'rb') as f:
-            meta = _plain_pickle(f.read())
+            meta = _Plain(f.read()).load()
     except Exception as e:  # a broken pickle raises nearly anything
         raise DataError(f'{path} cannot be read ({type(e).__name__}: {e}): {again}') from e
     itos = meta.get('itos') if isinstance(meta, dict) else None

@@ -211,7 +211,7 @@ def test_meta_that_is_missing_or_of_another_dataset(tmp_path):
     edit_index(tmp_path, meta_sha256=None)
     assert refusal(tmp_path) == f'{tmp_path}/meta.pkl has 3 characters, not 1000: {again}'
     (tmp_path / 'meta.pkl').write_bytes(b'')
-    assert refusal(tmp_path).startswith(f'{tmp_path}/meta.pkl cannot be read (EOFError')
+    assert refusal(tmp_path).startswith(f'{tmp_path}/meta.pkl cannot be read (ValueError')
 
 
 @pytest.mark.parametrize('content', ['', '{', 'null', '[]', '7', '{}', '{"finished": true}', '[' * 100_000, '\udcff'],

@@ -219,7 +219,7 @@ GOOD = pickle.dumps(CharCodec('abc').meta())
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'cannot be read (EOFError'),
+    (b'', 'cannot be read (ValueError: pickle exhausted'),
     (GOOD[:len(GOOD) // 2], 'cannot be read ('),
     (b'hello, I am no pickle', 'cannot be read ('),
     (b'\0' * 1000, 'cannot be read ('),
