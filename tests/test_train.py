@@ -471,6 +471,7 @@ def test_one_process_and_two_do_the_same_updates(dataset, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_micro_steps_that_the_processes_cannot_share(dataset, tmp_path):
     done = torchrun(2, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 3},
                                           out_dir=tmp_path / 'out'))
@@ -498,6 +499,7 @@ def test_wandb_offline_for_real(train, out_dir, tmp_path, monkeypatch, request):
     assert len(records(out_dir, 'train')) == 2
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_or_network(dataset, tmp_path):
     pytest.importorskip('wandb')
     env = {k: v for k, v in os.environ.items() if not k.startswith('WANDB_')}
