@@ -165,6 +165,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 class GPT(nn.Module):
+    """A GPT-2 of any shape: embeddings, n_layer blocks, a final LayerNorm, and the tied matrix that scores tokens."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
