@@ -127,7 +127,8 @@ CONFIGS = {  # what differs from the defaults of train.py; all else stays
         **BABY, **LAPTOP, 'out_dir': 'out-shakespeare-char-cpu', 'wandb_project': 'owt', 'wandb_run_name': 'gpt2'},
     'train_pydoc_char': {
         **BABY, **LAPTOP, 'out_dir': 'out-pydoc-char', 'dataset': 'pydoc_char', 'wandb_project': 'owt',
-        'wandb_run_name': 'gpt2', 'log_interval': 10, 'max_iters': 1000, 'lr_decay_iters': 1000, 'device': 'auto'},
+        'wandb_run_name': 'gpt2', 'log_interval': 10, 'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50,
+        'learning_rate': 4e-3, 'device': 'auto'},
     'train_gpt2': dict(
         wandb_log=True, wandb_project='owt', wandb_run_name='gpt2-124M', batch_size=12, block_size=1024,
         gradient_accumulation_steps=40, max_iters=600000, lr_decay_iters=600000, eval_interval=1000, eval_iters=200,
