@@ -18,7 +18,7 @@ import time
 import torch
 
 from data import bins, codec
-from model import GPT, GPTConfig, resolve
+from model import GPT, GPTConfig, resolve, sample_ids
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -46,10 +46,15 @@ max_new_tokens = 256  # mode=sample
 top_k = 200  # mode=sample
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens')
+positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens',
+            'gradient_accumulation_steps')
 problems = [f'{name}={config[name]} must be at least 1' for name in positive if config[name] < 1]
 if mode not in ('train', 'sample'):
     problems.append(f'mode={mode}: choose train or sample')
+if top_k < 0:
+    problems.append(f'top_k={top_k} must not be negative; 0 is off')
+if mode == 'sample' and compare and prompt_tokens + max_new_tokens > block_size:
+    problems.append(f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
 try:
     where, number_format = resolve(device, dtype)
     gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
@@ -223,9 +228,8 @@ def time_sample() -> None:
         idx = torch.randint(50257, (batch_size, prompt_tokens + (max_new_tokens - few) // 2), device=where)
         for _ in range(few):
             logits = model(idx[:, -block_size:])[0][:, -1]
-            kth = logits.topk(top_k).values[:, -1:]
-            p = torch.softmax(logits.masked_fill(logits < kth, -float('inf')), dim=-1)
-            idx = torch.cat((idx, torch.multinomial(p, 1)), dim=1)
+            ids = sample_ids(logits.float(), torch.rand(batch_size, device=where), 1.0, top_k, 1.0)
+            idx = torch.cat((idx, ids[:, None]), dim=1)
 
     report('a loop without a cache', seconds(no_cache, 1), batch_size * few, ours)
     hf = transformers_gpt2().eval().to(number_format)

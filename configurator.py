@@ -24,6 +24,7 @@ def _configure(space):
     import os
     import re
     import sys
+    import time
     import tokenize
     import traceback
 
@@ -40,6 +41,8 @@ def _configure(space):
         for problem in problems if first_rank else ():
             print(f'{os.path.basename(script)}: {problem}', file=sys.stderr)
         sys.stdout.flush()
+        if not first_rank:
+            time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
         sys.exit(2)
 
     def nearest(name, cutoff):

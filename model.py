@@ -58,7 +58,9 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C) -> (B, T, C). With `past`, the keys and values of earlier tokens, x is what follows them."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, (k, v), mask = (qkv[0], *past.extend(qkv[1:])) if past else (qkv[0], qkv[1:], None)
+        q, (k, v), mask = qkv[0], qkv[1:], None
+        if past:
+            (k, v), mask = past.extend(qkv[1:])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -401,19 +403,18 @@ def captured(function, device: torch.device):
     """
     if device.type != 'cuda':
         return function
-    state = []  # nothing; then True: warmed up; then graph, arguments, result
+    warm, graph, inputs, result = False, None, None, None
 
     def call(*args):
-        if not state:
-            state.append(True)
+        nonlocal warm, graph, inputs, result
+        if not warm:
+            warm = True
             return function(*args)
-        if len(state) == 1:
+        if graph is None:
             graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
             torch.cuda.synchronize(device)
             with torch.cuda.graph(graph):
                 result = function(*inputs)
-            state[:] = graph, inputs, result
-        graph, inputs, result = state
         for mine, given in zip(inputs, args):
             mine.copy_(given, non_blocking=True)
         graph.replay()

@@ -64,7 +64,8 @@ try:
     if init_from == 'resume':
         path = next((p for p in (os.path.join(out_dir, name) for name in ckpt.NAMES) if os.path.lexists(p)), None)
         if path is None:
-            fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: train first, or try --init_from=gpt2')
+            fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: {ckpt.earlier(out_dir)}train first, or try '
+                 '--init_from=gpt2')
         checkpoint = ckpt.load(path)
         print(f'{path}: {checkpoint["iter_num"]} updates')
         model = GPT.from_checkpoint(checkpoint)
@@ -112,7 +113,7 @@ def until_stop(text):
 
 
 made = []  # ids (num_samples,), one tensor a step
-live = stream or num_samples == 1
+first_shown = live = stream or num_samples == 1
 if live:
     print(start, end='', flush=True)
     decoder, text, shown = codecs.getincrementaldecoder('utf-8')('replace'), '', 0
@@ -130,10 +131,9 @@ for step in steps:
         if all(until_stop(tokenizer.decode(sample))[1] for sample in torch.stack(made, dim=1).tolist()):
             break
 steps.close()
-first_shown = stream or num_samples == 1
 if first_shown:
     print(text[shown:] if live else '')
     print('---------------')
-for sample in torch.stack(made, dim=1).tolist()[first_shown:]:
+for sample in torch.stack(made, dim=1).tolist()[1 if first_shown else 0:]:
     print(start + until_stop(tokenizer.decode(sample))[0])
     print('---------------')

@@ -94,11 +94,14 @@ problems = [message for bad, message in [
     (backend not in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo'),
     (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),
 ] if bad]
-for rules in (lambda: GPTConfig(**shape), lambda: globals().update(zip(('device', 'dtype'), resolve(device, dtype)))):
-    try:
-        rules()
-    except ValueError as e:
-        problems += e.args
+try:
+    GPTConfig(**shape)
+except ValueError as e:
+    problems += e.args
+try:
+    device, dtype = resolve(device, dtype)
+except ValueError as e:
+    problems += e.args
 if problems:
     fail(*problems)
 
@@ -123,8 +126,8 @@ if first:
 # -- 2 data and out_dir ---------------------------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
-if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
-    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
+if first and not eval_only and init_from != 'resume':
+    ckpt.claim(out_dir)
 
 
 def to_device(tensor):
@@ -142,15 +145,18 @@ try:
     elif init_from == 'resume':
         resumed = ckpt.newest(out_dir)
         if resumed is None:
-            fail(f'init_from=resume: no ckpt.pt or last.pt in out_dir={out_dir}; start with --init_from=scratch')
+            fail(f'init_from=resume: no ckpt.pt or last.pt in out_dir={out_dir}; {ckpt.earlier(out_dir)}start with '
+                 '--init_from=scratch')
         resumed = ckpt.load(resumed)
+        ours = ('n_layer', 'n_head', 'n_embd', 'bias')  # of the shape, what the file decides without more ado
         for key, value in resumed['model_args'].items():
             if key == 'block_size' and value != block_size:
                 fail(f'block_size={block_size}, but the checkpoint has {value}: resume with --block_size={value}')
-            if first and key in ('n_layer', 'n_head', 'n_embd', 'bias') and value != shape[key]:
+            if first and key in ours and value != shape[key]:
                 print(f'{key}={value} comes from the checkpoint, {key}={shape[key]} is ignored')
         for key, value in resumed.get('config', {}).items():
-            if first and key in config and key not in (*shape, 'init_from', 'out_dir') and config[key] != value:
+            told = (*ours, 'init_from', 'out_dir', 'eval_only')
+            if first and key in config and key not in told and config[key] != value:
                 print(f'resumed with {key}={config[key]}, it was {value}')
         raw_model = GPT.from_checkpoint(resumed, dropout=dropout)
         iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
@@ -165,6 +171,8 @@ except ValueError as e:
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
+if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
+    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
 if first:
@@ -305,6 +313,8 @@ signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second on
 
 def on_signal(number, frame):
     signals.append(number)
+    if first:  # print() is not safe in here
+        os.write(2, b'finishing this update; a second signal quits at once\n')
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -321,7 +331,10 @@ raw_model.train()
 while not finished:
     lr = lr_at(iter_num)
     for group in optimizer.param_groups:
-        group['lr'] = group['lr'].fill_(lr) if capture else lr
+        if capture:
+            group['lr'].fill_(lr)  # the graph reads this very tensor
+        else:
+            group['lr'] = lr
 
     # evaluate and save; the time this takes is not training time
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
@@ -337,7 +350,7 @@ while not finished:
                              'mfu': 100 * mfu})
         improved = losses['val'] < best_val_loss
         best_val_loss = min(losses['val'], best_val_loss)
-        if iter_num > saved_at or (improved and resumed):  # a signal may have saved this state before it was evaluated
+        if iter_num > saved_at or (improved and resumed):  # or a signal had it saved as last.pt before it was evaluated
             save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
             saved_at = iter_num
         eval_time, clock = time.perf_counter() - clock, time.perf_counter()

@@ -15,7 +15,7 @@ wandb_run_name = f'ft-{time.time()}'
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 
-# 1 sequence x 32 micro-steps x 1024 tokens = 32,768 tokens an update; the text has 301,966, so 9 updates are an epoch
+# 32 micro-steps of one sequence: 32,768 tokens an update, so these 20 updates read the text about twice
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

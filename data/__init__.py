@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 
 class DataError(Exception):
@@ -21,6 +22,8 @@ def _say(kind, error, trace, otherwise=sys.excepthook):
         return otherwise(kind, error, trace)
     if error.one_rank or os.environ.get('RANK', '0') == '0':
         print(error, file=sys.stderr)
+    else:
+        time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
     raise SystemExit(2)
 
 

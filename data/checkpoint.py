@@ -1,6 +1,7 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
+import itertools
 import os
 import tempfile
 import zipfile
@@ -95,24 +96,33 @@ def newest(folder: str) -> str | None:
     return max(there, key=lambda p: load(p)['iter_num']) if len(there) > 1 else there[0] if there else None
 
 
-def claim(folder: str, fresh: bool) -> list[str]:
+def earlier(folder: str) -> str:
+    """A hint at the files of an earlier run that claim() renamed, or nothing."""
+    there = os.path.join(folder, 'ckpt.prev.pt')
+    return f'{there} is of an earlier run, rename it to go on with that; or ' if os.path.exists(there) else ''
+
+
+def claim(folder: str, fresh: bool = False) -> list[str]:
     """
     Make an out_dir ready for a run: create it, see that it can be written, remove what a killed save left. A fresh run
-    renames the files of an earlier one, a.b to a.prev.b; their new names are returned. Raises DataError.
+    renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken, and so on; their new names are
+    returned. Raises DataError.
     """
+    names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl')]
     moved = []
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        for name in (*NAMES, 'log.jsonl'):
-            path = os.path.join(folder, name)
-            stem, ending = os.path.splitext(path)
+        taken = set(os.listdir(folder))
+        tags = (f'.prev{n}' if n > 1 else '.prev' for n in itertools.count(1))
+        tag = next(tag for tag in tags if not taken & {stem + tag + ending for stem, ending in names})
+        for stem, ending in names:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(path + '.tmp')
-            if fresh and os.path.lexists(path):
-                os.replace(path, f'{stem}.prev{ending}')
-                moved.append(os.path.basename(f'{stem}.prev{ending}'))
+                os.remove(os.path.join(folder, stem + ending + '.tmp'))
+            if fresh and stem + ending in taken:
+                os.replace(os.path.join(folder, stem + ending), os.path.join(folder, stem + tag + ending))
+                moved.append(stem + tag + ending)
     except OSError as e:
         raise DataError(f'out_dir={folder} cannot be written ({e.strerror}): choose another with --out_dir') from e
     return moved

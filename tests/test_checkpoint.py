@@ -255,8 +255,11 @@ def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
     assert ckpt.claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == names
     assert ckpt.claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == kept
     (tmp_path / 'ckpt.pt').write_text('newer')
-    assert ckpt.claim(str(tmp_path), fresh=True) == kept[:1]
-    assert (tmp_path / 'ckpt.prev.pt').read_text() == 'newer' and (tmp_path / 'last.prev.pt').read_text() == 'last.pt'
+    assert ckpt.claim(str(tmp_path), fresh=True) == ['ckpt.prev2.pt']  # nothing earlier is written over
+    (tmp_path / 'log.jsonl').write_text('newest')
+    assert ckpt.claim(str(tmp_path), fresh=True) == ['log.prev3.jsonl']  # and no two runs are mixed
+    assert (tmp_path / 'ckpt.prev2.pt').read_text() == 'newer' and (tmp_path / 'ckpt.prev.pt').read_text() == 'ckpt.pt'
+    assert ckpt.earlier(str(tmp_path)).startswith(f'{tmp_path}/ckpt.prev.pt is of an earlier run')
 
 
 def test_claim_makes_the_folder_or_says_why_not(tmp_path):
