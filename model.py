@@ -34,11 +34,14 @@ class GPTConfig:
     gelu: str = 'exact'  # 'tanh' is what the published GPT-2 weights were trained with
 
     def __post_init__(self):
-        rules = [(getattr(self, name) < 1, f'{name}={getattr(self, name)} must be at least 1')
-                 for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
-        rules += [(self.n_head >= 1 and self.n_embd % self.n_head,
+        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+        rules = [(not isinstance(getattr(self, name), int) or getattr(self, name) < 1,  # a file may hold anything
+                  f'{name}={getattr(self, name)} must be at least 1') for name in sizes]
+        whole = isinstance(self.n_embd, int) and isinstance(self.n_head, int) and self.n_head >= 1
+        rules += [(whole and self.n_embd % self.n_head,
                    f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'),
-                  (not 0 <= self.dropout < 1, f'dropout={self.dropout} must lie in [0, 1)'),
+                  (not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1,
+                   f'dropout={self.dropout} must lie in [0, 1)'),
                   (self.gelu not in ('exact', 'tanh'), f'gelu={self.gelu} must be exact or tanh')]
         if problems := [message for bad, message in rules if bad]:
             raise ValueError(*problems)
@@ -334,6 +337,7 @@ class GPT(nn.Module):
         state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         state.setdefault('lm_head.weight', state.get('transformer.wte.weight'))  # some writers leave the tied copy out
         own = model.state_dict()
+        state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         problems = [f'{k} is missing' for k in own if state.get(k) is None]
         problems += [f'{k} is not a tensor of this model' for k in state if k not in own]
         problems += [f'{k} is {tuple(state[k].shape)}, the model needs {tuple(own[k].shape)}'

@@ -85,6 +85,9 @@ def load(path: str) -> dict:
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
+    kinds = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
+    if wrong := [k for k, kind in kinds.items() if k in checkpoint and not isinstance(checkpoint[k], kind)]:
+        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
     if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
     return checkpoint
