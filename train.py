@@ -200,7 +200,7 @@ if compile:
 # the order: compile raw_model, DDP around that: one graph, so one dropout, on any number of processes
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model  # evaluation gets a graph of its own
 if ddp:
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model)
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
 
