@@ -123,11 +123,12 @@ def time_train() -> float:
     profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile else None
 
     def watch(step, model):
-        if step >= warmup_steps:
-            if step == warmup_steps and profiler:
+        if step == warmup_steps:
+            if profiler:
                 profiler.start()
-            times.append(now() if step in (warmup_steps, warmup_steps + steps) else None)
-        if step == warmup_steps + steps:
+            times.append(now())
+        elif step == warmup_steps + steps:
+            times.append(now())
             if profiler:
                 profiler.stop()
             raise Enough(model)
@@ -149,7 +150,7 @@ def time_train() -> float:
             model, = e.args
     if profiler:
         show_profile(profiler)
-    dt = (times[-1] - times[0]) / steps
+    dt = (times[1] - times[0]) / steps
     tokens = batch_size * block_size * gradient_accumulation_steps
     memory = f', peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
     share = model.flops_per_token() * tokens / dt / peak / world_size

@@ -59,15 +59,18 @@ def change(value, rng: random.Random):
                        {'a': value}, str(value), 'x' * 1000, float('nan')))
 
 
-def test_bins_json_with_damaged_bytes(folder):
-    rng, path = random.Random(1), folder / 'bins.json'
+@pytest.mark.parametrize('name, cases', [('bins.json', 1500), ('train.bin', 200), ('val.bin', 200), ('meta.pkl', 500)])
+def test_a_dataset_with_damaged_bytes(folder, name, cases):
+    rng, path = random.Random(name), folder / name
     wanted, whole = read(folder), get(path)
-    for _ in range(1500):
+    refused = 0
+    for _ in range(cases):
         put(path, damaged(whole, rng))
         try:
             assert read(folder) == wanted
         except DataError:
-            pass
+            refused += 1
+    assert refused > cases / 2
 
 
 def test_bins_json_with_other_values(folder):
@@ -90,29 +93,6 @@ def test_bins_json_with_other_values(folder):
         put(path, raw)
         with pytest.raises(DataError):
             read(folder)
-
-
-@pytest.mark.parametrize('split', ['train', 'val'])
-def test_bins_with_damaged_bytes(folder, split):
-    rng, path = random.Random(3), folder / f'{split}.bin'
-    wanted, whole = read(folder), get(path)
-    for _ in range(200):
-        put(path, damaged(whole, rng))
-        try:
-            assert read(folder) == wanted
-        except DataError:
-            pass
-
-
-def test_meta_pkl_that_bins_json_covers(folder):
-    rng, path = random.Random(4), folder / 'meta.pkl'
-    wanted, whole = read(folder), get(path)
-    for _ in range(500):
-        put(path, damaged(whole, rng))
-        try:
-            assert read(folder) == wanted
-        except DataError:
-            pass
 
 
 def test_meta_pkl_alone(tmp_path):
