@@ -197,7 +197,9 @@ if compile:
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# the order: compile raw_model, DDP around that: one graph, so one dropout, on any number of processes
+# the order: compile raw_model, DDP around that
+if compile:  # one graph, not one for each bucket of DDP: dropout then draws the same masks on any number of processes
+    torch._dynamo.config.optimize_ddp = False
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model  # evaluation gets a graph of its own
 if ddp:
     model = DistributedDataParallel(model)
