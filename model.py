@@ -18,6 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no CUDA build of torch
+    triton = None
+
 PUBLISHED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # OpenAI's released weights, by their hub names
 
 
@@ -64,8 +70,11 @@ class CausalSelfAttention(nn.Module):
         q, (k, v), mask = qkv[0], qkv[1:], None
         if past:
             (k, v), mask = past.extend(qkv[1:])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.training and x.device.type == 'cpu' and T < 512:  # bfloat16 is several times slower backwards
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -94,9 +103,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, past: 'Past | None' = None) -> torch.Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
+    def forward(self, x: torch.Tensor, past: 'Past | None' = None, last: bool = False) -> torch.Tensor:
+        """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last position is wanted."""
         x = x + self.attn(self.ln_1(x), past)
+        if last:
+            x = x[:, -1:]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -169,6 +180,13 @@ class FusedCrossEntropy(torch.autograd.Function):
         return (grad @ weight) * scale, grad.t() @ (x * scale), None
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Modules built inside it get no initial values: even on the meta device those cost most of a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if getattr(func, '__module__', '') != 'torch.nn.init' else None
+
+
 class GPT(nn.Module):
     """A GPT-2 of any shape: embeddings, n_layer blocks, a final LayerNorm, and the tied matrix that scores tokens."""
 
@@ -210,10 +228,10 @@ class GPT(nn.Module):
         if dtype == torch.bfloat16:
             x = x.to(dtype)  # the residual stream too: half the traffic between blocks; LayerNorm computes in float32
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache else None)
+            x = block(x, cache.layers[i] if cache else None, last=targets is None and i == self.config.n_layer - 1)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            return self.lm_head(x), None
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and not keep_logits and dtype != torch.float16:
             x, weight = x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
             return None, FusedCrossEntropy.apply(x, weight, targets.flatten())
@@ -246,33 +264,31 @@ class GPT(nn.Module):
         out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1).T.contiguous()  # (T + max_new_tokens, B)
         at = torch.tensor([T], device=device)  # where in `out` the next token goes
 
+        forward = self.forward
+        if compiled:
+            # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
+            options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
+            forward = torch.compile(forward, options=options)
+
         def put(logits: torch.Tensor) -> None:
             now = u.index_select(0, at - T)[0]  # (B,)
-            ids = sample_ids(logits[:, -1, :vocab_size].float(), now, temperature, top_k, top_p, scan)
-            out.index_copy_(0, at, ids[None])
+            out.index_copy_(0, at, sample_ids(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
             at.add_(1)
 
         def read_prompt() -> None:
             put(self(out[:T].T, cache=cache, reach=T)[0])
 
         def read_token(reach: int) -> None:
-            put(self(out.index_select(0, at - 1).T, cache=cache, reach=reach)[0])
+            put(forward(out.index_select(0, at - 1).T, cache=cache, reach=reach)[0])
 
         def read_window() -> None:  # past block_size every position shifts, so nothing of the cache stays true
-            put(self(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
+            put(forward(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
 
         # attention reads the filled part of the cache, on CUDA rounded up so that one captured step serves a while
-        bucket = 1 if device.type != 'cuda' else 512 if B <= 8 else 128
-        # inductor fails on a scan over wide rows (torch 2.11: "list indices must be integers")
-        scan = torch.compiler.disable(torch.cumsum) if compiled else torch.cumsum
+        bucket = S if compiled else 1 if device.type != 'cuda' else 512 if B <= 8 else 128  # compiled: one graph
         cached = min(S, T + max_new_tokens - 1)  # tokens that are ever read through the cache
         size = min(S, -(-cached // bucket) * bucket)
         cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
-        if compiled:
-            # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
-            options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
-            read_token, read_window = (torch.compile(f, options=options) for f in (read_token, read_window))
-            bucket = S  # one graph to compile
         reach, step = 0, None
         for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
             if t == T and T <= S:
@@ -331,7 +347,7 @@ class GPT(nn.Module):
         files too: the `_orig_mod.` prefix of compiled models and stored attention masks are dropped.
         Raises ValueError naming what is missing, unknown or of another shape.
         """
-        with torch.device('meta'):
+        with torch.device('meta'), NoInit():
             model = cls(config)
         state = {k.removeprefix('_orig_mod.'): v for k, v in state.items()}
         state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
@@ -428,23 +444,63 @@ def captured(function, device: torch.device):
 
 
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
-               top_p: float, scan=torch.cumsum) -> torch.Tensor:
+               top_p: float) -> torch.Tensor:
     """Token ids (B,) from logits (B, V) and uniforms u (B,): the inverse CDF, ids in their order, after the cuts."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    top = logits.amax(-1, keepdim=True)
-    if top_k and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True), -math.inf)
-    p = (logits - top).exp()  # no need for a sum of 1
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    if triton and logits.is_cuda and top_p == 1:
+        ids = torch.empty_like(u, dtype=torch.long)
+        lowest_bit = 16 if logits.dtype == torch.bfloat16 else 0
+        sample_kernel[(len(u),)](logits, u, ids, logits.stride(0), logits.size(1), k, 1 / temperature, lowest_bit, 8192,
+                                 num_warps=16)
+        return ids
+    logits = logits.float()
+    if k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(k, sorted=False).values.amin(-1, keepdim=True), -math.inf)
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # no need for a sum of 1
     if top_p < 1:
         likely = p.sort(-1, descending=True).values
         before = likely.cumsum(-1) - likely
         enough = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # how many it takes
         p = p.masked_fill(p < likely.gather(-1, (enough - 1).clamp(min=0)), 0.0)
-    cdf = scan(p, -1)
+    cdf = p.cumsum(-1)
     whole = cdf[:, -1:]
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
+
+
+if triton:
+    @triton.jit
+    def sample_kernel(logits, u, ids, stride, V, k, beta, LOWEST_BIT: tl.constexpr, SIZE: tl.constexpr):
+        """sample_ids in one kernel: a program reads its row again and again, from the nearest cache."""
+        row, i = tl.program_id(0), tl.arange(0, SIZE)
+        logits += row * stride
+        key, kth = tl.full((), -2**31, tl.int32), tl.full((), -float('inf'), tl.float32)
+        for bit in range(31, LOWEST_BIT - 1, -1):  # the largest float that k logits reach, in an integer of equal order
+            trial = key + (tl.full((), 1, tl.int32) << bit)
+            value = (trial ^ ((trial >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
+            reached = tl.zeros((SIZE,), tl.int32)
+            for s in range(0, V, SIZE):
+                x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+                reached += (x >= value).to(tl.int32)
+            if tl.sum(reached, 0) >= k:
+                key, kth = trial, value
+        top = tl.full((SIZE,), -float('inf'), tl.float32)
+        for s in range(0, V, SIZE):
+            top = tl.maximum(top, tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32))
+        most, total = tl.max(top, 0), tl.zeros((SIZE,), tl.float32)
+        for s in range(0, V, SIZE):
+            x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+            total += tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
+        goal, cdf = tl.load(u + row) * tl.sum(total, 0), tl.zeros((), tl.float32)
+        below, last = tl.zeros((SIZE,), tl.int32), tl.zeros((SIZE,), tl.int32)
+        for s in range(0, V, SIZE):
+            x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+            p = tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
+            below += (cdf + tl.cumsum(p, 0) <= goal).to(tl.int32)
+            last = tl.maximum(last, tl.where(p > 0, s + i, 0))  # never past the last id that has probability
+            cdf += tl.sum(p, 0)
+        tl.store(ids + row, tl.minimum(tl.sum(below, 0), tl.max(last, 0)).to(tl.int64))
 
 
 def optimizer_misfit(optimizer: torch.optim.AdamW, stored) -> str | None:
