@@ -66,16 +66,18 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, past: 'Past | None' = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C). With `past`, the keys and values of earlier tokens, x is what follows them."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, (k, v), mask = qkv[0], qkv[1:], None
-        if past:
-            (k, v), mask = past.extend(qkv[1:])
-        with torch.autocast(x.device.type, enabled=False):
-            if self.training and x.device.type == 'cpu' and T < 512:  # bfloat16 is several times slower backwards
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, nh, hs)
+        y = past.attend(qkv) if past else self.attend(qkv)  # (B, T, nh, hs)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """softmax(q k.T / sqrt(hs)) v of each head: (B, T, 3, nh, hs) -> (B, T, nh, hs)."""
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        with torch.autocast(q.device.type, enabled=False):
+            if self.training and q.device.type == 'cpu' and q.size(2) < 512:  # backwards, bfloat16 is far slower here
                 q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training)
+        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -115,14 +117,24 @@ class Past:
     """One layer's share of a KVCache, handed to its attention."""
 
     def __init__(self, kv: torch.Tensor, cache: 'KVCache'):
-        self.kv, self.cache = kv, cache
+        self.kv, self.cache = kv, cache  # (2, B, nh, S, hs)
 
-    def extend(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Store keys and values (2, B, nh, T, hs) of the next T tokens; return what they may see, and the mask."""
-        self.kv.index_copy_(3, self.cache.at, kv)
-        if self.cache.mask is None:  # a prompt, which sees itself alone, causally
-            return kv, None
-        return self.kv[:, :, :, :self.cache.reach], self.cache.mask
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Store keys and values of the next T tokens; attend to all so far: (B, T, 3, nh, hs) -> (B, T, nh, hs)."""
+        B, T, _, nh, hs = qkv.shape
+        if T == 1 and self.cache.fused:
+            y = qkv.new_empty(B, 1, nh, hs)
+            span, warps = (256, 8) if B * nh < 100 else (128, 2)  # timed on an H200
+            attend_kernel[B, nh](qkv, self.kv, y, self.cache.at, self.kv.size(3), nh, hs ** -0.5, hs,
+                                 triton.next_power_of_2(hs), span, num_warps=warps)
+            return y
+        q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        for old, new in zip(self.kv, kv):
+            old.index_copy_(2, self.cache.at, new)
+        if T == 1:
+            kv = self.kv[:, :, :, :self.cache.reach]
+        y = F.scaled_dot_product_attention(q, *kv, attn_mask=self.cache.mask, is_causal=T > 1)
+        return y.transpose(1, 2)
 
 
 class KVCache:
@@ -135,16 +147,18 @@ class KVCache:
         self.kv = torch.zeros(config.n_layer, 2, batch, config.n_head, size, config.n_embd // config.n_head,
                               device=device, dtype=dtype)
         self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.reach, self.fused = 0, triton_works(device)
         self.layers = [Past(self.kv[i], self) for i in range(config.n_layer)]
 
-    def read(self, T: int, reach: int) -> torch.Tensor:
-        """Get ready for T more tokens, the last of them at a position below `reach`; returns their positions (T,)."""
-        self.reach = reach
-        self.at = self.pos + torch.arange(T, device=self.pos.device)
-        self.mask = None
-        if T == 1:  # one query sees the filled part of `reach` slots
-            seen = torch.arange(reach, device=self.pos.device) <= self.pos
-            self.mask = torch.where(seen, 0.0, -math.inf).to(self.kv.dtype).expand(1, 1, 1, reach)
+    def read(self, T: int) -> torch.Tensor:
+        """Get ready for a prompt of T tokens, or for one more token; returns the positions (T,)."""
+        self.at, self.mask = self.pos + torch.arange(T, device=self.pos.device), None
+        self.reach += T
+        if self.kv.is_cuda:  # where the host does not see captured steps: the whole cache, but for what is not filled
+            self.reach = self.kv.size(4)
+            if T == 1 and not self.fused:
+                seen = torch.arange(self.reach, device=self.pos.device) <= self.pos
+                self.mask = torch.where(seen, 0.0, -math.inf).to(self.kv.dtype).expand(1, 1, 1, self.reach)
         self.pos += T
         return self.at
 
@@ -210,10 +224,10 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True,
-                cache: KVCache | None = None, reach: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+                cache: KVCache | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         idx: (B, T) token ids, T <= block_size; targets: (B, T) ids, -1 where no loss is wanted. With a cache, idx is
-        what follows the tokens it holds: a prompt, then one token at a time, each at a position below `reach`.
+        what follows the tokens it holds: a prompt, then one token at a time.
         Returns (logits, loss): without targets (B, 1, V) for the last position and None; with targets (B, T, V), or
         None where keep_logits is False so that they need not outlive the loss, and the mean cross-entropy in nats.
         Raises ValueError for a sequence longer than block_size.
@@ -222,7 +236,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f'a sequence of {T} tokens is longer than block_size={self.config.block_size}')
         tok = self.transformer.wte(idx)  # (B, T, C)
-        pos = self.transformer.wpe(cache.read(T, reach)) if cache else self.transformer.wpe.weight[:T]  # (T, C)
+        pos = self.transformer.wpe(cache.read(T)) if cache else self.transformer.wpe.weight[:T]  # (T, C)
         x = self.transformer.drop(tok + pos)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if dtype == torch.bfloat16:
@@ -238,6 +252,15 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits if keep_logits else None, loss
+
+    def forward_token(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """forward for one more token, idx (B, 1), in five CUDA kernels a layer, for a batch of a few: (B, 1, V)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(cache.read(1))  # (B, 1, C)
+        for block, past in zip(self.transformer.h, cache.layers):
+            qkv = linear(x, block.attn.c_attn, norm=block.ln_1).view(len(x), 1, 3, self.config.n_head, -1)
+            x = linear(past.attend(qkv).flatten(2), block.attn.c_proj, add=x)
+            x = linear(linear(x, block.mlp.c_fc, norm=block.ln_2, gelu=self.config.gelu), block.mlp.c_proj, add=x)
+        return linear(x, self.lm_head, norm=self.transformer.ln_f)
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -255,51 +278,46 @@ class GPT(nn.Module):
         temperature 0 is greedy; top_k keeps the k likeliest ids (None or 0: all), top_p the fewest that have
         this much probability together (Holtzman et al. 2019); ids from vocab_size on, a padding, are never drawn.
         A token is the inverse of the distribution's CDF at uniforms (B, max_new_tokens) in [0, 1); by default they come
-        from torch's CPU generator. On CUDA a step is captured once per bucket of positions and replayed.
+        from torch's CPU generator. On CUDA a step is captured once and replayed.
         """
         (B, T), S, device = idx.shape, self.config.block_size, idx.device
         if uniforms is None:
             uniforms = torch.rand(B, max_new_tokens)
-        u = uniforms.to(device).T.contiguous()  # (max_new_tokens, B)
-        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1).T.contiguous()  # (T + max_new_tokens, B)
+        u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
+        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1).T.contiguous()
         at = torch.tensor([T], device=device)  # where in `out` the next token goes
 
-        forward = self.forward
+        forward, fused = self.forward, B <= 2 and triton_works(device)
         if compiled:
             # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
             options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
             forward = torch.compile(forward, options=options)
 
         def put(logits: torch.Tensor) -> None:
-            now = u.index_select(0, at - T)[0]  # (B,)
+            now = u.index_select(0, at)[0]  # (B,)
             out.index_copy_(0, at, sample_ids(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
             at.add_(1)
 
         def read_prompt() -> None:
-            put(self(out[:T].T, cache=cache, reach=T)[0])
+            put(self(out[:T].T, cache=cache)[0])
 
-        def read_token(reach: int) -> None:
-            put(forward(out.index_select(0, at - 1).T, cache=cache, reach=reach)[0])
+        def read_token() -> None:
+            idx = out.index_select(0, at - 1).T  # (B, 1)
+            put(self.forward_token(idx, cache) if fused else forward(idx, cache=cache)[0])
 
         def read_window() -> None:  # past block_size every position shifts, so nothing of the cache stays true
             put(forward(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
 
-        # attention reads the filled part of the cache, on CUDA rounded up so that one captured step serves a while
-        bucket = S if compiled else 1 if device.type != 'cuda' else 512 if B <= 8 else 128  # compiled: one graph
-        cached = min(S, T + max_new_tokens - 1)  # tokens that are ever read through the cache
-        size = min(S, -(-cached // bucket) * bucket)
-        cache = KVCache(self.config, B, size, device, self.lm_head.weight.dtype) if T <= S else None
-        reach, step = 0, None
+        size, dtype = min(S, T + max_new_tokens - 1), self.lm_head.weight.dtype
+        cache = KVCache(self.config, B, size, device, dtype) if T <= S else None
+        read_token, read_window = captured(read_token, device), captured(read_window, device)
         for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
-            if t == T and T <= S:
-                read_prompt()
+            if t > S:
+                read_window()
+            elif t > T:
+                read_token()
             else:
-                if t <= S and t > reach:  # the next bucket
-                    reach = min(size, -(-t // bucket) * bucket)
-                    step = captured(functools.partial(read_token, reach), device)
-                elif t > S and (t == S + 1 or t == T):
-                    step = captured(read_window, device)
-                step()
+                read_prompt()
             yield out[t]
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -449,10 +467,10 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     if temperature == 0:
         return logits.argmax(-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
-    if triton and logits.is_cuda and top_p == 1:
+    if triton_works(logits.device) and top_p == 1:
         ids = torch.empty_like(u, dtype=torch.long)
         lowest_bit = 16 if logits.dtype == torch.bfloat16 else 0
-        sample_kernel[(len(u),)](logits, u, ids, logits.stride(0), logits.size(1), k, 1 / temperature, lowest_bit, 8192,
+        sample_kernel[(len(u),)](logits, u, ids, logits.stride(0), logits.size(1), k, 1 / temperature, lowest_bit, 4096,
                                  num_warps=16)
         return ids
     logits = logits.float()
@@ -469,25 +487,100 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
 
 
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Whether the kernels below can be used: on a CUDA device, with all that Triton needs, such as a C compiler."""
+    if not triton or device.type != 'cuda':
+        return False
+    try:
+        one = torch.ones(1, 1, device=device)
+        sample_kernel[1,](one, one, one.long(), 1, 1, 1, 1.0, 31, 16)
+    except Exception:
+        return False
+    return True
+
+
+def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, gelu: str = '',
+           add: torch.Tensor | None = None) -> torch.Tensor:
+    """add + GELU(layer(norm(x))), x: (B, 1, K) -> (B, 1, N), each part where it is given, in one CUDA kernel."""
+    (N, K), wide = layer.weight.shape, triton.next_power_of_2(layer.in_features)
+    y, rows = x.new_empty(len(x), 1, N), max(1, 4096 // wide)
+    linear_kernel[triton.cdiv(N, rows), len(x)](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias,
+                                                add, y, N, K, wide, rows, gelu, num_warps=4)
+    return y
+
+
 if triton:
+    @triton.jit
+    def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
+                      ROWS: tl.constexpr, GELU: tl.constexpr):
+        """linear() for one sequence and some rows of the weight; the time is that of reading those."""
+        b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        mine, real = n < N, k < K
+        w = tl.load(weight + n[:, None] * K + k[None], mine[:, None] & real[None], 0).to(tl.float32)
+        v = tl.load(x + b * K + k, real, 0).to(tl.float32)
+        if gain is not None:
+            v = tl.where(real, v - tl.sum(v, 0) / K, 0.0)
+            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * tl.load(gain + k, real, 0).to(tl.float32)
+        if shift is not None:
+            v += tl.load(shift + k, real, 0).to(tl.float32)
+        out = tl.sum(w * v[None], 1)
+        if bias is not None:
+            out += tl.load(bias + n, mine, 0).to(tl.float32)
+        if GELU == 'exact':
+            out *= 0.5 * (1 + tl.erf(out * 0.7071067811865476))
+        elif GELU == 'tanh':
+            out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))
+        if add is not None:
+            out += tl.load(add + b * N + n, mine, 0).to(tl.float32)
+        tl.store(y + b * N + n, out, mine)
+
+    @triton.jit
+    def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
+                      SPAN: tl.constexpr):
+        """Past.attend for one token, a program for each sequence and head; reads the filled part of the cache only."""
+        b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
+        t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
+        keys = kv + (b * HEADS + h) * S * HS
+        values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
+        qkv += b * 3 * C + h * HS + d
+        q = tl.load(qkv, inside, 0).to(tl.float32) * SCALE
+        key, value = tl.load(qkv + C, inside, 0), tl.load(qkv + 2 * C, inside, 0)
+        tl.store(keys + t * HS + d, key, inside)
+        tl.store(values + t * HS + d, value, inside)
+        top, total, acc = tl.sum(q * key.to(tl.float32), 0), 1.0, value.to(tl.float32)  # of the softmax, so far
+        for s in range(0, t, SPAN):
+            i = s + tl.arange(0, SPAN)
+            there, place = (i < t)[:, None] & inside[None], i[:, None] * HS + d[None]
+            k = tl.load(keys + place, there, 0).to(tl.float32)
+            v = tl.load(values + place, there, 0).to(tl.float32)
+            score = tl.where(i < t, tl.sum(q[None] * k, 1), -float('inf'))
+            new = tl.maximum(top, tl.max(score, 0))
+            old, p, top = tl.exp(top - new), tl.exp(score - new), new
+            acc, total = acc * old + tl.sum(p[:, None] * v, 0), total * old + tl.sum(p, 0)
+        tl.store(y + b * C + h * HS + d, acc / total, inside)
+
     @triton.jit
     def sample_kernel(logits, u, ids, stride, V, k, beta, LOWEST_BIT: tl.constexpr, SIZE: tl.constexpr):
         """sample_ids in one kernel: a program reads its row again and again, from the nearest cache."""
         row, i = tl.program_id(0), tl.arange(0, SIZE)
         logits += row * stride
-        key, kth = tl.full((), -2**31, tl.int32), tl.full((), -float('inf'), tl.float32)
-        for bit in range(31, LOWEST_BIT - 1, -1):  # the largest float that k logits reach, in an integer of equal order
-            trial = key + (tl.full((), 1, tl.int32) << bit)
-            value = (trial ^ ((trial >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
-            reached = tl.zeros((SIZE,), tl.int32)
-            for s in range(0, V, SIZE):
-                x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
-                reached += (x >= value).to(tl.int32)
-            if tl.sum(reached, 0) >= k:
-                key, kth = trial, value
         top = tl.full((SIZE,), -float('inf'), tl.float32)
         for s in range(0, V, SIZE):
             top = tl.maximum(top, tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32))
+        key, kth = tl.full((), -2**31, tl.int32), tl.full((), -float('inf'), tl.float32)
+        for bit in range(31, LOWEST_BIT - 1, -1):  # the largest float that k logits reach, as integers of equal order
+            trial = key + (tl.full((), 1, tl.int32) << bit)
+            value = (trial ^ ((trial >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
+            reached = tl.sum((top >= value).to(tl.int32), 0)  # often the maxima of SIZE groups already tell
+            if (reached > 0) & (reached < k):
+                counts = tl.zeros((SIZE,), tl.int32)
+                for s in range(0, V, SIZE):
+                    x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+                    counts += (x >= value).to(tl.int32)
+                reached = tl.sum(counts, 0)
+            if reached >= k:
+                key, kth = trial, value
         most, total = tl.max(top, 0), tl.zeros((SIZE,), tl.float32)
         for s in range(0, V, SIZE):
             x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
@@ -501,23 +594,6 @@ if triton:
             last = tl.maximum(last, tl.where(p > 0, s + i, 0))  # never past the last id that has probability
             cdf += tl.sum(p, 0)
         tl.store(ids + row, tl.minimum(tl.sum(below, 0), tl.max(last, 0)).to(tl.int64))
-
-
-def optimizer_misfit(optimizer: torch.optim.AdamW, stored) -> str | None:
-    """What a stored AdamW state dict lacks, or has in another shape, for the parameters of `optimizer`, or None."""
-    state = stored.get('state') if isinstance(stored, dict) else None
-    if not isinstance(state, dict):
-        return 'it has none'
-    params = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))
-    for i, p in params.items():
-        entry = state.get(i)
-        if not isinstance(entry, dict) or entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
-            return f'parameter {i} is missing'
-        for name in ('exp_avg', 'exp_avg_sq'):
-            if getattr(entry[name], 'shape', None) != p.shape:
-                return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))}, '
-                        f'the model needs {tuple(p.shape)}')
-    return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
 
 
 def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:

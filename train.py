@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
 from data.runlog import RunLog, versions
-from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, optimizer_misfit, resolve
+from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, resolve
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
@@ -147,17 +147,10 @@ try:
         if resumed is None:
             fail(f'init_from=resume: no ckpt.pt or last.pt in out_dir={out_dir}; {ckpt.earlier(out_dir)}start with '
                  '--init_from=scratch')
-        resumed = ckpt.load(resumed)
-        ours = ('n_layer', 'n_head', 'n_embd', 'bias')  # of the shape, what the file decides without more ado
-        for key, value in resumed['model_args'].items():
-            if key == 'block_size' and value != block_size:
-                fail(f'block_size={block_size}, but the checkpoint has {value}: resume with --block_size={value}')
-            if first and key in ours and value != shape[key]:
-                print(f'{key}={value} comes from the checkpoint, {key}={shape[key]} is ignored')
-        for key, value in resumed.get('config', {}).items():
-            told = (*ours, 'init_from', 'out_dir', 'eval_only')
-            if first and key in config and key not in told and config[key] != value:
-                print(f'resumed with {key}={config[key]}, it was {value}')
+        if (stored := resumed['model_args'].get('block_size', block_size)) != block_size:
+            fail(f'block_size={block_size}, but the checkpoint has {stored}: resume with --block_size={stored}')
+        for line in ckpt.differences(resumed, config) if first else ():
+            print(line)
         raw_model = GPT.from_checkpoint(resumed, dropout=dropout)
         iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
     else:
@@ -183,7 +176,7 @@ if first:
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if resumed:  # moments and steps from the file, every hyperparameter from the knobs
-    if misfit := optimizer_misfit(optimizer, resumed.get('optimizer')):
+    if misfit := ckpt.misfit(optimizer, resumed.get('optimizer')):
         fail(f'the optimizer state of the checkpoint in out_dir={out_dir} does not fit its model: {misfit}')
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': groups})
@@ -399,4 +392,5 @@ while not finished:
 
 log.close()
 if ddp:
+    dist.barrier()  # gloo's threads let go of the last tensors meanwhile; at Python's own end that would abort it
     dist.destroy_process_group()

@@ -93,10 +93,37 @@ def load(path: str) -> dict:
     return checkpoint
 
 
-def newest(folder: str) -> str | None:
-    """Path of the checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
-    there = [p for p in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(p)]
-    return max(there, key=lambda p: load(p)['iter_num']) if len(there) > 1 else there[0] if there else None
+def newest(folder: str) -> dict | None:
+    """The checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
+    there = [path for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)]
+    return max(map(load, there), key=lambda checkpoint: checkpoint['iter_num'], default=None)
+
+
+def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
+    """What a stored AdamW state dict lacks, or has in another shape, for the parameters of `optimizer`, or None."""
+    state = stored.get('state') if isinstance(stored, dict) else None
+    if not isinstance(state, dict):
+        return 'it has none'
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))
+    for i, p in params.items():
+        entry = state.get(i)
+        if not isinstance(entry, dict) or entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
+            return f'parameter {i} is missing'
+        for name in ('exp_avg', 'exp_avg_sq'):
+            if getattr(entry[name], 'shape', None) != p.shape:
+                return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))}, '
+                        f'the model needs {tuple(p.shape)}')
+    return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
+
+
+def differences(checkpoint: dict, config: dict) -> list[str]:
+    """What a run's knobs say otherwise than the checkpoint it resumes, a line each; the model's shape is the file's."""
+    shape = {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
+    lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
+             for key, value in shape.items() if value != config[key]]
+    silent = (*shape, 'init_from', 'out_dir', 'eval_only')
+    return lines + [f'resumed with {key}={config[key]}, it was {value}' for key, value in
+                    checkpoint.get('config', {}).items() if key not in silent and config.get(key, value) != value]
 
 
 def earlier(folder: str) -> str:

@@ -94,7 +94,7 @@ def records(out_dir: str, kind: str = 'train') -> list[dict]:
 
 def latest(out_dir: str) -> dict:
     """The checkpoint that is further on."""
-    return ckpt.load(ckpt.newest(out_dir))
+    return ckpt.newest(out_dir)
 
 
 def tensors(checkpoint: dict) -> dict:

@@ -88,21 +88,28 @@ def test_bfloat16_logits_through_the_cache(gpt):
     half.load_state_dict(gpt.state_dict())
     half.bfloat16()
     cache = KVCache(gpt.config, 2, BLOCK, torch.device('cpu'), torch.bfloat16)
-    half(idx[:, :10], cache=cache, reach=10)
+    half(idx[:, :10], cache=cache)
     for t in range(10, BLOCK):
-        logits = half(idx[:, t:t + 1], cache=cache, reach=t + 1)[0]
+        logits = half(idx[:, t:t + 1], cache=cache)[0]
     assert (logits.float() - plain).abs().max() <= 2e-2 * plain.abs().max()
     assert cache.kv.nbytes == KVCache.nbytes(gpt.config, 2, BLOCK, torch.bfloat16)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('kernels', [True, False])
 @torch.no_grad()
-def test_a_reach_beyond_the_filled_part_is_masked(gpt):
-    idx = torch.randint(65, (2, 8))
-    cache = KVCache(gpt.config, 2, BLOCK, torch.device('cpu'), torch.float32)
-    cache.kv.fill_(1e4)  # whatever stands beyond must not matter
-    gpt(idx[:, :7], cache=cache, reach=7)
-    logits = gpt(idx[:, 7:], cache=cache, reach=BLOCK)[0]
-    torch.testing.assert_close(logits, gpt(idx)[0], rtol=1e-5, atol=1e-5)
+def test_what_lies_beyond_the_filled_part_does_not_matter(gpt, device, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr('model.triton_works', lambda device: False)
+    torch.set_float32_matmul_precision('highest')
+    idx = torch.randint(65, (2, 8), device=device)
+    cache = KVCache(gpt.config, 2, BLOCK, torch.device(device), torch.float32)
+    cache.kv.fill_(1e4)
+    model = gpt.to(device)
+    model(idx[:, :7], cache=cache)
+    logits, wanted = model(idx[:, 7:], cache=cache)[0], model(idx)[0]
+    gpt.to('cpu')
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_follows_the_distribution():
@@ -120,11 +127,30 @@ def test_what_top_k_and_top_p_leave(how, allowed):
     assert set(sample_ids(logits, torch.arange(1000) / 1000, *how).tolist()) == allowed
 
 
-def test_the_largest_uniform_below_one_draws_a_possible_id():
-    logits = torch.full((4, 1000), -math.inf)
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('V', [65, 1000, 50257])
+def test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    for top_k in (None, 1, 20, 200, V):
+        logits = (3 * torch.randn(16, V, generator=g) - 20).to(dtype)
+        logits[:, ::7] = -math.inf
+        u = torch.rand(16, generator=g)
+        ids = sample_ids(logits.to(device), u.to(device), 0.8, top_k, 1.0).cpu()[:, None]
+        p = torch.softmax(logits.double() / 0.8, -1)
+        p[p < p.sort(-1).values[:, -min(top_k or V, V), None]] = 0
+        p /= p.sum(-1, keepdim=True)
+        high, mine = p.cumsum(-1).gather(1, ids)[:, 0], p.gather(1, ids)[:, 0]
+        assert (mine > 0).all() and (u <= high + 1e-5).all() and (u >= high - mine - 1e-5).all()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_the_largest_uniform_below_one_draws_a_possible_id(device):
+    logits = torch.full((4, 1000), -math.inf, device=device)
     logits[:, 500] = logits[:, 20] = 3.0
-    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24])
-    assert sample_ids(logits, u, 1.0, None, 1.0).tolist() == [20, 20, 500, 500]
+    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24], device=device)
+    for top_k in (None, 200):
+        assert sample_ids(logits, u, 1.0, top_k, 1.0).tolist() == [20, 20, 500, 500]
 
 
 def test_ids_of_a_padded_vocabulary_are_never_drawn(gpt):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, FusedCrossEntropy, GPTConfig, captured
+from model import GPT, FusedCrossEntropy, GPTConfig, KVCache, captured
 from tests.conftest import TINY, flags
 
 cuda = pytest.mark.gpu
@@ -103,3 +103,21 @@ def test_fused_cross_entropy_is_cross_entropy():
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
     for ours, theirs in zip(torch.autograd.grad(3 * fused, (x, weight)), torch.autograd.grad(3 * plain, (x, weight))):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@cuda
+@pytest.mark.parametrize('gelu', ['exact', 'tanh'])
+@pytest.mark.parametrize('bias', [True, False])
+@torch.inference_mode()
+def test_a_token_in_five_kernels_a_layer(bias, gelu):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    config = GPTConfig(block_size=300, vocab_size=1000, n_layer=3, n_head=3, n_embd=72, bias=bias, gelu=gelu)
+    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (2, 300), device='cuda')
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    cache = KVCache(config, 2, 300, idx.device, torch.float32)
+    model(idx[:, :297], cache=cache)
+    for t in range(297, 300):
+        logits = model.forward_token(idx[:, t:t + 1], cache)
+    torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-4)
