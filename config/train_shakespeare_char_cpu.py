@@ -1,6 +1,7 @@
 # The same text with a model for a laptop without a GPU.
 #   python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char_cpu.py
-# 2 cores of an AMD EPYC (AVX2), float32: about 2 minutes; val loss 1.90 with --eval_iters=200 (three seeds).
+# 2 cores: 40 s in bfloat16 (Xeon with AVX512-BF16), 2 minutes in float32 (EPYC with AVX2);
+# val loss 1.90 with --eval_iters=200 in both (three seeds).
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 250
