@@ -487,6 +487,82 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return ((cdf <= u[:, None] * whole) & (cdf < whole)).sum(-1)  # never past the last id that has probability
 
 
+def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
+    """Learning rate of update `it`: linear warm-up, half a cosine to min_lr (Loshchilov and Hutter 2016)."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------
+
+# Dense bf16 (fp16 on V100 and T4) matrix peaks with float32 accumulation, in TFLOP/s, from the vendors' datasheets.
+# The first name found as whole words in the device's name wins, so longer names stand first.
+PEAK_TFLOPS = {
+    'V100': 125, 'T4': 65, 'A100': 312, 'A10': 125, 'A10G': 70, 'L4': 121, 'L40': 181, 'L40S': 362,
+    'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200 NVL': 835, 'H200': 989, 'B200': 2250,
+    'MI300X': 1307, 'MI300A': 981,
+    'RTX 3060 Ti': 32, 'RTX 3060': 25, 'RTX 3070 Ti': 43, 'RTX 3070': 41, 'RTX 3080 Ti': 68, 'RTX 3080': 60,
+    'RTX 3090 Ti': 80, 'RTX 3090': 71, 'RTX 4060 Ti': 44, 'RTX 4060': 30,
+    'RTX 4070 Ti SUPER': 88, 'RTX 4070 Ti': 80, 'RTX 4070 SUPER': 71,
+    'RTX 4070': 58, 'RTX 4080 SUPER': 104, 'RTX 4080': 97, 'RTX 4090': 165, 'RTX 5060 Ti': 47, 'RTX 5060': 38,
+    'RTX 5070 Ti': 88, 'RTX 5070': 62, 'RTX 5080': 113, 'RTX 5090': 210,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Datasheet peak of a CUDA device in FLOP/s (dense bf16); None where it is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'Laptop'
+    if 'Laptop' in name:  # those parts share a desktop card's name, not its peak
+        return None
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name)), None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU an estimate, and no limit where the system does not tell."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 1 << 62
+
+
+def resolve(device: str, dtype: str) -> tuple[str, str]:
+    """
+    What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
+    computes in it natively, float16 on other CUDA cards, float32 elsewhere. ValueError: one argument per problem.
+    """
+    problems = []
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind = device.partition(':')[0]
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if kind not in there:
+        problems.append(f'device={device}: choose auto, cpu, cuda, cuda:N or mps')
+    elif not there[kind]:
+        problems.append(f'device={device} is not available here; try --device=auto or --device=cpu')
+    elif ':' in device and not (device[5:].isdecimal() and int(device[5:]) < torch.cuda.device_count()):
+        problems.append(f'device={device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0')
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        problems.append(f'dtype={dtype}: choose auto, float32, bfloat16 or float16')
+    elif dtype == 'float16' and kind in ('cpu', 'mps'):
+        problems.append(f'dtype=float16 needs CUDA, device is {device}; try --dtype=auto')
+    if problems:
+        raise ValueError(*problems)
+    if dtype == 'auto' and kind == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        native = kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        dtype = 'bfloat16' if native else 'float32'
+    return device, dtype
+
+
+# -- Triton kernels for one token on CUDA, with torch's own calls above as their twins --------------------------------
+
 @functools.cache
 def triton_works(device: torch.device) -> bool:
     """Whether the kernels below can be used: on a CUDA device, with all that Triton needs, such as a C compiler."""
@@ -561,13 +637,18 @@ if triton:
         tl.store(y + b * C + h * HS + d, acc / total, inside)
 
     @triton.jit
+    def read(logits, at, V):
+        """Logits at some positions, -inf past the end."""
+        return tl.load(logits + at, mask=at < V, other=-float('inf')).to(tl.float32)
+
+    @triton.jit
     def sample_kernel(logits, u, ids, stride, V, k, beta, LOWEST_BIT: tl.constexpr, SIZE: tl.constexpr):
         """sample_ids in one kernel: a program reads its row again and again, from the nearest cache."""
         row, i = tl.program_id(0), tl.arange(0, SIZE)
         logits += row * stride
         top = tl.full((SIZE,), -float('inf'), tl.float32)
         for s in range(0, V, SIZE):
-            top = tl.maximum(top, tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32))
+            top = tl.maximum(top, read(logits, s + i, V))
         key, kth = tl.full((), -2**31, tl.int32), tl.full((), -float('inf'), tl.float32)
         for bit in range(31, LOWEST_BIT - 1, -1):  # the largest float that k logits reach, as integers of equal order
             trial = key + (tl.full((), 1, tl.int32) << bit)
@@ -576,95 +657,20 @@ if triton:
             if (reached > 0) & (reached < k):
                 counts = tl.zeros((SIZE,), tl.int32)
                 for s in range(0, V, SIZE):
-                    x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
-                    counts += (x >= value).to(tl.int32)
+                    counts += (read(logits, s + i, V) >= value).to(tl.int32)
                 reached = tl.sum(counts, 0)
             if reached >= k:
                 key, kth = trial, value
         most, total = tl.max(top, 0), tl.zeros((SIZE,), tl.float32)
         for s in range(0, V, SIZE):
-            x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+            x = read(logits, s + i, V)
             total += tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
         goal, cdf = tl.load(u + row) * tl.sum(total, 0), tl.zeros((), tl.float32)
         below, last = tl.zeros((SIZE,), tl.int32), tl.zeros((SIZE,), tl.int32)
         for s in range(0, V, SIZE):
-            x = tl.load(logits + s + i, mask=s + i < V, other=-float('inf')).to(tl.float32)
+            x = read(logits, s + i, V)
             p = tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
             below += (cdf + tl.cumsum(p, 0) <= goal).to(tl.int32)
             last = tl.maximum(last, tl.where(p > 0, s + i, 0))  # never past the last id that has probability
             cdf += tl.sum(p, 0)
         tl.store(ids + row, tl.minimum(tl.sum(below, 0), tl.max(last, 0)).to(tl.int64))
-
-
-def cosine_lr(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
-    """Learning rate of update `it`: linear warm-up, half a cosine to min_lr (Loshchilov and Hutter 2016)."""
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it >= lr_decay_iters:
-        return min_lr
-    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-
-
-# -- the machine ----------------------------------------------------------------------------------------------------
-
-# Dense bf16 (fp16 on V100 and T4) matrix peaks with float32 accumulation, in TFLOP/s, from the vendors' datasheets.
-# The first name found as whole words in the device's name wins, so longer names stand first.
-PEAK_TFLOPS = {
-    'V100': 125, 'T4': 65, 'A100': 312, 'A10': 125, 'A10G': 70, 'L4': 121, 'L40': 181, 'L40S': 362,
-    'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200 NVL': 835, 'H200': 989, 'B200': 2250,
-    'MI300X': 1307, 'MI300A': 981,
-    'RTX 3060 Ti': 32, 'RTX 3060': 25, 'RTX 3070 Ti': 43, 'RTX 3070': 41, 'RTX 3080 Ti': 68, 'RTX 3080': 60,
-    'RTX 3090 Ti': 80, 'RTX 3090': 71, 'RTX 4060 Ti': 44, 'RTX 4060': 30,
-    'RTX 4070 Ti SUPER': 88, 'RTX 4070 Ti': 80, 'RTX 4070 SUPER': 71,
-    'RTX 4070': 58, 'RTX 4080 SUPER': 104, 'RTX 4080': 97, 'RTX 4090': 165, 'RTX 5060 Ti': 47, 'RTX 5060': 38,
-    'RTX 5070 Ti': 88, 'RTX 5070': 62, 'RTX 5080': 113, 'RTX 5090': 210,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Datasheet peak of a CUDA device in FLOP/s (dense bf16); None where it is unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'Laptop'
-    if 'Laptop' in name:  # those parts share a desktop card's name, not its peak
-        return None
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name)), None)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on a CPU an estimate, and no limit where the system does not tell."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return 1 << 62
-
-
-def resolve(device: str, dtype: str) -> tuple[str, str]:
-    """
-    What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
-    computes in it natively, float16 on other CUDA cards, float32 elsewhere. ValueError: one argument per problem.
-    """
-    problems = []
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = device.partition(':')[0]
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if kind not in there:
-        problems.append(f'device={device}: choose auto, cpu, cuda, cuda:N or mps')
-    elif not there[kind]:
-        problems.append(f'device={device} is not available here; try --device=auto or --device=cpu')
-    elif ':' in device and not (device[5:].isdecimal() and int(device[5:]) < torch.cuda.device_count()):
-        problems.append(f'device={device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0')
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-        problems.append(f'dtype={dtype}: choose auto, float32, bfloat16 or float16')
-    elif dtype == 'float16' and kind in ('cpu', 'mps'):
-        problems.append(f'dtype=float16 needs CUDA, device is {device}; try --dtype=auto')
-    if problems:
-        raise ValueError(*problems)
-    if dtype == 'auto' and kind == 'cuda':
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    elif dtype == 'auto':
-        native = kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        dtype = 'bfloat16' if native else 'float32'
-    return device, dtype
