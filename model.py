@@ -398,7 +398,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> 'GPT':
         """
         GPT-2 weights in transformers' format: one of PUBLISHED from the hub (or its local cache), or a folder with
-        config.json. override_args may set dropout. float32, on the CPU. Raises ValueError or OSError.
+        config.json. override_args may set dropout. float32, on the CPU. Raises ValueError.
         """
         from safetensors import SafetensorError
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -408,11 +408,15 @@ class GPT(nn.Module):
             raise ValueError(f'only dropout can be overridden, not {sorted(set(override_args) - {"dropout"})}')
         if model_type not in PUBLISHED and not os.path.isfile(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} is none of {", ".join(PUBLISHED)} and no folder with config.json')
-        if (kind := GPT2Config.get_config_dict(model_type)[0].get('model_type', 'gpt2')) != 'gpt2':
-            raise ValueError(f'{model_type} holds a {kind}, not a GPT-2')
         try:
+            if (kind := GPT2Config.get_config_dict(model_type)[0].get('model_type', 'gpt2')) != 'gpt2':
+                raise ValueError(f'{model_type} holds a {kind}, not a GPT-2')
             hf, info = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
+        except OSError as e:
+            where = 'is not in the cache, nor can it be fetched' if model_type in PUBLISHED else 'cannot be read'
+            raise ValueError(f'{model_type} {where} ({str(e).splitlines()[0]}): init_from also takes a folder with '
+                             'config.json and model.safetensors') from e
         except (SafetensorError, RuntimeError) as e:
             raise ValueError(f'{model_type}: the weights cannot be read ({type(e).__name__}: {e})') from e
         # transformers would go on with fresh random values for what is not in the file
@@ -464,7 +468,7 @@ def captured(function, device: torch.device):
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
                top_p: float) -> torch.Tensor:
     """Token ids (B,) from logits (B, V) and uniforms u (B,): the inverse CDF, ids in their order, after the cuts."""
-    if temperature == 0:
+    if temperature < 1e-20:  # 0, or so little that float32 cannot divide by it
         return logits.argmax(-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
     if triton_works(logits.device) and top_p == 1:

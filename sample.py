@@ -8,6 +8,7 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
 """
 
 import codecs
+import math
 import os
 
 import numpy as np
@@ -39,7 +40,8 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 problems = [message for bad, message in [
     (num_samples < 1, f'num_samples={num_samples} must be at least 1'),
     (max_new_tokens < 1, f'max_new_tokens={max_new_tokens} must be at least 1'),
-    (not temperature >= 0, f'temperature={temperature} must not be negative; 0 always takes the likeliest token'),
+    (not 0 <= temperature < math.inf,
+     f'temperature={temperature} must be finite and not negative; 0 always takes the likeliest token'),
     (top_k < 0, f'top_k={top_k} must not be negative; 0 is off'),
     (not 0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off'),
     (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),

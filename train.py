@@ -75,6 +75,7 @@ first = rank == 0  # this process prints, logs and saves
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
 problems = [message for bad, message in [
+    (not dataset, 'dataset= is empty: name a folder in data/, or a path to one'),
     (batch_size < 1, f'batch_size={batch_size} must be at least 1'),
     (gradient_accumulation_steps < 1, f'gradient_accumulation_steps={gradient_accumulation_steps} must be at least 1'),
     (gradient_accumulation_steps % world_size,
@@ -83,10 +84,10 @@ problems = [message for bad, message in [
     (log_interval < 1, f'log_interval={log_interval} must be at least 1'),
     (eval_iters < 1, f'eval_iters={eval_iters} must be at least 1'),
     (max_iters < 0, f'max_iters={max_iters} must not be negative'),
-    (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be above 0'),
-    (not 0 <= min_lr < math.inf, f'min_lr={min_lr} must not be negative'),
+    (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0'),
+    (not 0 <= min_lr < math.inf, f'min_lr={min_lr} must be finite and not negative'),
     (warmup_iters < 0, f'warmup_iters={warmup_iters} must not be negative'),
-    (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative'),
+    (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must be finite and not negative'),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1} and beta2={beta2} must lie in [0, 1)'),
     (not grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off'),
     (init_from not in ('scratch', 'resume', *PUBLISHED) and not os.path.isfile(os.path.join(init_from, 'config.json')),
@@ -157,13 +158,13 @@ try:
         raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
         if block_size != raw_model.config.block_size:
             raw_model.crop_block_size(block_size)
-except OSError as e:
-    fail(str(e))
 except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
+if resumed and resumed.get('codec', bins.state) != bins.state:
+    fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
 if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
     print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
@@ -247,6 +248,13 @@ def lr_at(step):
     return cosine_lr(step, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
 
 
+def part():
+    """End the process group, all ranks together: gloo's threads, too, must be done before Python itself ends."""
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def check_finite(*losses):
     """End the run on all ranks, before anything is saved, if a gradient since last time or a loss is not finite."""
     steps = range(iter_num - len(norms), iter_num)
@@ -256,6 +264,7 @@ def check_finite(*losses):
     bad = [step for step, norm in values.items() if not (math.isfinite(norm) or scaler.is_enabled())]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
+        part()
         sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                  f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
 
@@ -377,10 +386,10 @@ while not finished:
         if iter_num - started_at > 5:  # the first few are slower: compilation, caches
             now = raw_model.estimate_mfu(batch_size * micro_steps, dt)
             mfu = now if mfu < 0 else 0.9 * mfu + 0.1 * now
-        left = (max_iters - iter_num) * (dt + eval_time / eval_interval)
+        left = datetime.timedelta(seconds=int((max_iters - iter_num) * (dt + eval_time / eval_interval)))
         if first:
             print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s, {datetime.timedelta(seconds=int(left))} left')
+                  f'{tokens_per_iter / dt:,.0f} tok/s' + (f', {left} left' if iter_num - started_at > 1 else ''))
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
     if stop:
         check_finite()
@@ -391,6 +400,4 @@ while not finished:
         break
 
 log.close()
-if ddp:
-    dist.barrier()  # gloo's threads let go of the last tensors meanwhile; at Python's own end that would abort it
-    dist.destroy_process_group()
+part()

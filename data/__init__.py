@@ -1,5 +1,7 @@
 """Everything on disk: token bins, tokenizers, checkpoints, logs. One folder a dataset, with its prepare.py."""
 
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -14,6 +16,20 @@ class DataError(Exception):
     def __init__(self, message: str, one_rank: bool = False):
         super().__init__(message)
         self.one_rank = one_rank
+
+
+@contextlib.contextmanager
+def writing(*paths: str):
+    """What is written inside may fill the disk: then the unfinished `.tmp` of these paths goes, with a DataError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', None)):
+            raise
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.remove(path + '.tmp')
+        raise DataError(f'{paths[0]} could not be written ({e.strerror}): free some space', one_rank=True) from e
 
 
 def _say(kind, error, trace, otherwise=sys.excepthook):

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from data import DataError, codec
+from data import DataError, codec, writing
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 HASHED_AT_OPEN = 1 << 26  # bytes; smaller bins are checked against their sha256 whenever they are opened
@@ -46,13 +46,20 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
     """
     Write the bins of a dataset: one split per keyword, each an iterable of arrays of token ids, which is consumed once
     and never held whole. tokenizer: a codec, for its vocabulary. Readers refuse the folder from here until all of it
-    is complete. Returns the index that bins.json holds. Raises DataError for an id outside the vocabulary.
+    is complete. Returns the index that bins.json holds. DataError for an id outside the vocabulary or a full disk.
     """
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
              'dtype': dtype, 'meta_sha256': None, 'splits': {}}
     os.makedirs(folder, exist_ok=True)
+    with writing(*(os.path.join(folder, name) for name in (*map('{}.bin'.format, splits), 'meta.pkl', 'bins.json'))):
+        return _write(folder, tokenizer, index, splits)
+
+
+def _write(folder: str, tokenizer, index: dict, splits: dict[str, Iterable[np.ndarray]]) -> dict:
+    """The body of write(); index: what it knows from the start."""
     _write_index(folder, index)
+    dtype = index['dtype']
     names = []
     for split, arrays in splits.items():
         names.append(os.path.join(folder, f'{split}.bin'))
@@ -145,7 +152,7 @@ class Bins:
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
         prepare = f'python {os.path.join(folder, "prepare.py")}'
-        self.folder, self.block_size = folder, block_size
+        self.folder, self.block_size, self.prepare = folder, block_size, prepare
         if not os.path.isdir(folder):
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, prepare)
@@ -195,7 +202,8 @@ class Bins:
         if rows.max(initial=0) >= self.vocab_size:
             r, t = np.argwhere(rows >= self.vocab_size)[0]
             raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset '
-                            f'{offsets[r] + t:,}; vocab_size is {self.vocab_size}: run prepare.py again', one_rank=True)
+                            f'{offsets[r] + t:,}; vocab_size is {self.vocab_size}: run {self.prepare} again',
+                            one_rank=True)
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

@@ -85,8 +85,14 @@ def load(path: str) -> dict:
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
-    kinds = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
-    if wrong := [k for k, kind in kinds.items() if k in checkpoint and not isinstance(checkpoint[k], kind)]:
+    kinds = {'model': (dict,), 'model_args': (dict,), 'iter_num': (int,), 'config': (dict,),
+             'best_val_loss': (int, float, torch.Tensor)}
+    wrong = [k for k, kind in kinds.items() if k in checkpoint and type(checkpoint[k]) not in kind]
+    if not wrong:  # names are text, numbers are numbers
+        wrong = [k for k in ('model', 'model_args', 'config') if not all(type(n) is str for n in checkpoint.get(k, ()))]
+        wrong += ['iter_num'] * (checkpoint.get('iter_num', 0) < 0)
+        wrong += ['best_val_loss'] * bool(getattr(checkpoint.get('best_val_loss'), 'ndim', 0))
+    if wrong:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
     if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
@@ -109,6 +115,9 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
         entry = state.get(i)
         if not isinstance(entry, dict) or entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
             return f'parameter {i} is missing'
+        step = entry['step']
+        if not (isinstance(step, torch.Tensor) and step.numel() == 1 or type(step) in (int, float)) or not step >= 0:
+            return f'step of parameter {i} is {step}'
         for name in ('exp_avg', 'exp_avg_sq'):
             if getattr(entry[name], 'shape', None) != p.shape:
                 return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))}, '

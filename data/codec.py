@@ -160,7 +160,7 @@ class _Plain(pickle.Unpickler):
 
 def read_meta(path: str) -> CharCodec:
     """The character codec of a meta.pkl. Runs no code from the file. DataError says to prepare again."""
-    again = f'run {os.path.join(os.path.dirname(path), "prepare.py")} again'
+    again = f'run python {os.path.join(os.path.dirname(path), "prepare.py")} again'
     try:
         with open(path, 'rb') as f:
             meta = _Plain(f.read()).load()

@@ -1,16 +1,19 @@
 """What a run says about itself: log.jsonl in its out_dir, and wandb if asked for, behind one object."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+
+from data import DataError, writing
 
 
 class RunLog:
     """
     One JSON object a line: {"kind": "run", ...} at each start, then "train" and "eval" records, each with its "iter".
     Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
-    With path None it does nothing, which is what every rank but the first wants.
+    With path None it does nothing, which is what every rank but the first wants. Raises DataError on a full disk.
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
@@ -18,7 +21,7 @@ class RunLog:
         if path is None:
             return
         kept = _before(path, resumed_at) if resumed_at else []
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        with writing(path), open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
         self.file = open(path, 'a', encoding='utf-8')
@@ -31,8 +34,14 @@ class RunLog:
         if self.file is None:
             return
         record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
-        self.file.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
-        self.file.flush()
+        try:
+            with writing(self.file.name):
+                self.file.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
+                self.file.flush()
+        except DataError:
+            with contextlib.suppress(OSError):  # it would try to write the rest once more
+                self.file.close()
+            raise
         if self.run and kind == 'eval':
             self.run.log({k: v for k, v in record.items() if k in ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')})
 
@@ -53,8 +62,9 @@ def _before(path: str, resumed_at: int) -> list[str]:
                     record = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(record, dict) and (record.get('kind') == 'run' or record.get('iter', 0) < resumed_at):
-                    kept.append(line)
+                step = record.get('iter') if isinstance(record, dict) else None
+                if type(step) is int and (record.get('kind') == 'run' or step < resumed_at):
+                    kept.append(line.rstrip('\n') + '\n')
     return kept
 
 

@@ -457,9 +457,19 @@ def test_an_id_outside_the_vocabulary_is_named_when_drawn(tmp_path, dtype):
         with pytest.raises(DataError) as e:
             batches()
         assert str(e.value) == (f'{tmp_path}/{split}.bin holds token id {ids[57]} at offset 57; vocab_size is 10: '
-                                'run prepare.py again')
+                                f'run python {tmp_path}/prepare.py again')
 
 
 def test_ids_up_to_the_vocabulary_are_fine(tmp_path):
     data = Bins(legacy(tmp_path, [9] * 100, [9] * 100, vocab_size=10), 8)
     assert (data.train_batch(0, 0, 0, 1, 4)[0] == 9).all()
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+@pytest.mark.parametrize('name', ['train.bin', 'meta.pkl'])
+def test_a_full_disk_while_preparing(tmp_path, name):
+    chars = CharCodec.of('abc')
+    os.symlink('/dev/full', tmp_path / f'{name}.tmp')
+    with pytest.raises(DataError, match=r'could not be written \(No space left on device\): free some space'):
+        bins.write(str(tmp_path), chars, train=[chars.encode('abc' * 9000)], val=[chars.encode('cab' * 9000)])
+    assert os.listdir(tmp_path) == ['bins.json'] and not json.loads((tmp_path / 'bins.json').read_text())['finished']

@@ -206,6 +206,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['ckpt.pt']
 
 
+@pytest.mark.parametrize('wrong', [dict(best_val_loss=[1]), dict(best_val_loss=None), dict(best_val_loss=torch.ones(2)),
+                                   dict(model={1: torch.ones(2)}), dict(iter_num=-5), dict(iter_num=True),
+                                   dict(model_args={3: 4})], ids=str)
+def test_a_value_of_another_kind(tmp_path, wrong):
+    torch.save({**example(), **wrong}, tmp_path / 'ckpt.pt')
+    assert f'is not a checkpoint of train.py: {next(iter(wrong))} of another type' in refusal(tmp_path / 'ckpt.pt')
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 @pytest.mark.parametrize('size', [10, 1_000_000])
 def test_no_space_left_on_the_device(tmp_path, size):

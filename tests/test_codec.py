@@ -244,7 +244,7 @@ def test_a_bad_meta_says_to_prepare_again(tmp_path, content, message):
     with pytest.raises(DataError) as e:
         codec.read_meta(path)
     assert str(e.value).startswith(f'{path} {message}')
-    assert str(e.value).endswith(f': run {tmp_path / "prepare.py"} again')
+    assert str(e.value).endswith(f': run python {tmp_path / "prepare.py"} again')
 
 
 class Payload:

@@ -524,11 +524,11 @@ def test_scripts_refuse_an_argument(refused, name, argument, message):
     ('--eval_iters=0', 'eval_iters=0 must be at least 1'),
     ('--max_iters=-1', 'max_iters=-1 must not be negative'),
     ('--warmup_iters=-1', 'warmup_iters=-1 must not be negative'),
-    ('--learning_rate=0', 'learning_rate=0.0 must be above 0'),
-    ('--learning_rate=inf', 'learning_rate=inf must be above 0'),
-    ('--min_lr=nan', 'min_lr=nan must not be negative'),
-    ('--min_lr=-1', 'min_lr=-1.0 must not be negative'),
-    ('--weight_decay=-0.1', 'weight_decay=-0.1 must not be negative'),
+    ('--learning_rate=0', 'learning_rate=0.0 must be finite and above 0'),
+    ('--learning_rate=inf', 'learning_rate=inf must be finite and above 0'),
+    ('--min_lr=nan', 'min_lr=nan must be finite and not negative'),
+    ('--min_lr=-1', 'min_lr=-1.0 must be finite and not negative'),
+    ('--weight_decay=-0.1', 'weight_decay=-0.1 must be finite and not negative'),
     ('--beta2=1', 'beta1=0.9 and beta2=1.0 must lie in [0, 1)'),
     ('--grad_clip=-1', 'grad_clip=-1.0 must not be negative; 0.0 is off'),
     ('--n_embd=100', 'n_embd=100 must be a multiple of n_head=12'),
@@ -550,7 +550,7 @@ def test_train_refuses_a_value(refused, argument, message):
 
 
 def test_train_refuses_a_learning_rate_that_is_no_number(refused):
-    assert 'learning_rate=nan must be above 0' in refused('train.py', '--device=cpu', '--learning_rate=nan')
+    assert 'learning_rate=nan must be finite and above 0' in refused('train.py', '--device=cpu', '--learning_rate=nan')
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py'])
@@ -595,8 +595,8 @@ def test_all_problems_in_one_list(refused, monkeypatch):
 @pytest.mark.parametrize('argument, message', [
     ('--num_samples=0', 'num_samples=0 must be at least 1'),
     ('--max_new_tokens=0', 'max_new_tokens=0 must be at least 1'),
-    ('--temperature=-1', 'temperature=-1.0 must not be negative; 0 always takes the likeliest token'),
-    ('--temperature=nan', 'temperature=nan must not be negative; 0 always takes the likeliest token'),
+    ('--temperature=-1', 'temperature=-1.0 must be finite and not negative; 0 always takes the likeliest token'),
+    ('--temperature=nan', 'temperature=nan must be finite and not negative; 0 always takes the likeliest token'),
     ('--top_k=-1', 'top_k=-1 must not be negative; 0 is off'),
     ('--dtype=bf16', 'dtype=bf16: choose auto, float32, bfloat16 or float16'),
     ('--start=FILE:absent.txt', 'start=FILE:absent.txt: No such file or directory'),

@@ -3,9 +3,11 @@
 import glob
 import json
 import math
+import os
 
 import pytest
 
+from data import DataError
 from data.runlog import RunLog
 
 
@@ -114,3 +116,24 @@ def test_wandb_offline_for_real(path, tmp_path, monkeypatch, request):
     assert [w for w in (b'exact', b'tiny', b'train/loss', b'val/loss', b'lr', b'mfu', b'iter') if w not in raw] == []
     assert b'norm' not in raw
     assert [r['kind'] for r in records(path)] == ['run', 'train', 'eval']
+
+
+def test_a_line_cut_before_its_end_does_not_swallow_the_next(logged, path):
+    path.write_text(path.read_text(encoding='utf-8').rstrip('\n') + '\n{"kind": "train", "iter": 7}', encoding='utf-8')
+    log = RunLog(str(path), {}, resumed_at=9)
+    log.close()
+    assert [r['iter'] for r in records(path)[-2:]] == [7, 9]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_full_disk_is_one_line(logged, path):
+    before = path.read_text(encoding='utf-8')
+    os.symlink('/dev/full', f'{path}.tmp')
+    with pytest.raises(DataError, match=rf'^{path} could not be written \(No space left on device\): free some space$'):
+        RunLog(str(path), {}, resumed_at=3)
+    assert path.read_text(encoding='utf-8') == before and os.listdir(path.parent) == ['log.jsonl']
+    log = RunLog(str(path), {}, resumed_at=3)
+    log.file.close()
+    log.file = open('/dev/full', 'a', encoding='utf-8')
+    with pytest.raises(DataError, match='No space left'):
+        log.write('train', iter=3)
