@@ -187,13 +187,13 @@ if resumed:  # moments and steps from the file, every hyperparameter from the kn
 if compile:
     try:
         torch.compile(lambda t: t + 1)(torch.zeros(1, device=device))
+        # one graph, not one for each bucket of DDP: dropout draws the same masks on any number of processes
+        torch._dynamo.config.optimize_ddp = False
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # the order: compile raw_model, DDP around that
-if compile:  # one graph, not one for each bucket of DDP: dropout then draws the same masks on any number of processes
-    torch._dynamo.config.optimize_ddp = False
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model  # evaluation gets a graph of its own
 if ddp:
     model = DistributedDataParallel(model)

@@ -51,44 +51,36 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
              'dtype': dtype, 'meta_sha256': None, 'splits': {}}
-    os.makedirs(folder, exist_ok=True)
-    with writing(*(os.path.join(folder, name) for name in (*map('{}.bin'.format, splits), 'meta.pkl', 'bins.json'))):
-        return _write(folder, tokenizer, index, splits)
-
-
-def _write(folder: str, tokenizer, index: dict, splits: dict[str, Iterable[np.ndarray]]) -> dict:
-    """The body of write(); index: what it knows from the start."""
-    _write_index(folder, index)
-    dtype = index['dtype']
-    names = []
-    for split, arrays in splits.items():
-        names.append(os.path.join(folder, f'{split}.bin'))
-        count, digest = 0, hashlib.sha256()
-        with open(names[-1] + '.tmp', 'wb') as f:
-            for ids in map(np.asarray, arrays):
-                bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
-                if len(bad):
-                    raise DataError(f'{split}: token id {bad[0]}, vocabulary {tokenizer.vocab_size}')
-                raw = ids.astype(DTYPES[dtype]).tobytes()
-                f.write(raw)
-                digest.update(raw)
-                count += len(ids)
-            _sync(f)
-        index['splits'][split] = {'tokens': count, 'sha256': digest.hexdigest()}
     meta = os.path.join(folder, 'meta.pkl')
-    if tokenizer.name == 'char':
-        names.append(meta)
-        raw = pickle.dumps(tokenizer.meta(), protocol=4)
-        with open(meta + '.tmp', 'wb') as f:
-            f.write(raw)
-            _sync(f)
-        index['meta_sha256'] = hashlib.sha256(raw).hexdigest()
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(meta)  # of another tokenizer, prepared here before
-    for name in names:
-        os.replace(name + '.tmp', name)
-    _write_index(folder, {**index, 'finished': True})
+    names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * (tokenizer.name == 'char')
+    os.makedirs(folder, exist_ok=True)
+    with writing(*names, os.path.join(folder, 'bins.json')):
+        _write_index(folder, index)
+        for (split, arrays), name in zip(splits.items(), names):
+            count, digest = 0, hashlib.sha256()
+            with open(name + '.tmp', 'wb') as f:
+                for ids in map(np.asarray, arrays):
+                    bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+                    if len(bad):
+                        raise DataError(f'{split}: token id {bad[0]}, vocabulary {tokenizer.vocab_size}')
+                    raw = ids.astype(DTYPES[dtype]).tobytes()
+                    f.write(raw)
+                    digest.update(raw)
+                    count += len(ids)
+                _sync(f)
+            index['splits'][split] = {'tokens': count, 'sha256': digest.hexdigest()}
+        if meta in names:
+            raw = pickle.dumps(tokenizer.meta(), protocol=4)
+            with open(meta + '.tmp', 'wb') as f:
+                f.write(raw)
+                _sync(f)
+            index['meta_sha256'] = hashlib.sha256(raw).hexdigest()
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(meta)  # of another tokenizer, prepared here before
+        for name in names:
+            os.replace(name + '.tmp', name)
+        _write_index(folder, {**index, 'finished': True})
     return index
 
 
@@ -151,47 +143,49 @@ class Bins:
         folder = folder if os.path.isdir(folder) else dataset
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
-        prepare = f'python {os.path.join(folder, "prepare.py")}'
-        self.folder, self.block_size, self.prepare = folder, block_size, prepare
+        self.folder, self.block_size = folder, block_size
+        self.prepare = f'python {os.path.join(folder, "prepare.py")}'
         if not os.path.isdir(folder):
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
-        index = _read_index(folder, prepare)
+        index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
-        self.state = self._codec_state(index, prepare)
-        self.tokens = {split: self._open(split, index, prepare) for split in ('train', 'val')}
+        self.state = self._codec_state(index)
+        self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
-    def _codec_state(self, index: dict, prepare: str) -> dict:
+    def _codec_state(self, index: dict) -> dict:
         if self.tokenizer == 'gpt2':
             return {'tokenizer': 'gpt2'}
         path = os.path.join(self.folder, 'meta.pkl')
         if not os.path.exists(path):
-            raise DataError(f'{path} is missing: run {prepare} again')
+            raise DataError(f'{path} is missing: run {self.prepare} again')
         with open(path, 'rb') as f:
             if index.get('meta_sha256') not in (None, hashlib.sha256(f.read()).hexdigest()):
-                raise DataError(f'{path} is not the file that bins.json describes: run {prepare} again')
+                raise DataError(f'{path} is not the file that bins.json describes: run {self.prepare} again')
         chars = codec.read_meta(path)
         if chars.vocab_size != self.vocab_size:
-            raise DataError(f'{path} has {chars.vocab_size} characters, not {self.vocab_size}: run {prepare} again')
+            raise DataError(f'{path} has {chars.vocab_size} characters, not {self.vocab_size}: '
+                            f'run {self.prepare} again')
         return chars.state()
 
-    def _open(self, split: str, index: dict, prepare: str) -> np.ndarray:
+    def _open(self, split: str, index: dict) -> np.ndarray:
         """The tokens of a split as a read-only memory map."""
         path = os.path.join(self.folder, f'{split}.bin')
         if not os.path.isfile(path):
-            raise DataError(f'{path} is missing: run {prepare}')
+            raise DataError(f'{path} is missing: run {self.prepare}')
         width, size = np.dtype(DTYPES[index['dtype']]).itemsize, os.path.getsize(path)
         if size % width:
-            raise DataError(f'{path} is damaged, {size:,} bytes are no multiple of {width}: run {prepare} again')
+            raise DataError(f'{path} is damaged, {size:,} bytes are no multiple of {width}: run {self.prepare} again')
         entry = index['splits'].get(split, {'tokens': size // width, 'sha256': None})
         if size // width != entry['tokens']:
             raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: '
-                            f'run {prepare} again')
+                            f'run {self.prepare} again')
         if entry['tokens'] < self.block_size + 1:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
         tokens = np.memmap(path, DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
-            raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): run {prepare} again')
+            raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): '
+                            f'run {self.prepare} again')
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,14 +85,11 @@ def load(path: str) -> dict:
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
-    kinds = {'model': (dict,), 'model_args': (dict,), 'iter_num': (int,), 'config': (dict,),
-             'best_val_loss': (int, float, torch.Tensor)}
-    wrong = [k for k, kind in kinds.items() if k in checkpoint and type(checkpoint[k]) not in kind]
-    if not wrong:  # names are text, numbers are numbers
-        wrong = [k for k in ('model', 'model_args', 'config') if not all(type(n) is str for n in checkpoint.get(k, ()))]
-        wrong += ['iter_num'] * (checkpoint.get('iter_num', 0) < 0)
-        wrong += ['best_val_loss'] * bool(getattr(checkpoint.get('best_val_loss'), 'ndim', 0))
-    if wrong:
+    fits = {**dict.fromkeys(('model', 'model_args', 'config'), lambda v: isinstance(v, dict) and all(
+                type(name) is str for name in v)),
+            'iter_num': lambda v: type(v) is int and v >= 0,
+            'best_val_loss': lambda v: type(v) in (int, float) or isinstance(v, torch.Tensor) and v.ndim == 0}
+    if wrong := [k for k, right in fits.items() if k in checkpoint and not right(checkpoint[k])]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
     if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')

@@ -1,12 +1,11 @@
 """What a run says about itself: log.jsonl in its out_dir, and wandb if asked for, behind one object."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 
-from data import DataError, writing
+from data import writing
 
 
 class RunLog:
@@ -17,37 +16,28 @@ class RunLog:
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
-        self.file = self.run = None
+        self.path, self.run = path, None
         if path is None:
             return
         kept = _before(path, resumed_at) if resumed_at else []
         with writing(path), open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
-        self.file = open(path, 'a', encoding='utf-8')
         if wandb:
             self.run = _start_wandb(wandb, header)
         self.write('run', iter=resumed_at, **header)
 
     def write(self, kind: str, **record) -> None:
-        """Append one record, flushed; a number that is not finite becomes its name, since JSON has no word for it."""
-        if self.file is None:
+        """Append one record; a number that is not finite becomes its name, since JSON has no word for it."""
+        if self.path is None:
             return
         record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
-        try:
-            with writing(self.file.name):
-                self.file.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
-                self.file.flush()
-        except DataError:
-            with contextlib.suppress(OSError):  # it would try to write the rest once more
-                self.file.close()
-            raise
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
         if self.run and kind == 'eval':
             self.run.log({k: v for k, v in record.items() if k in ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')})
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
         if self.run:
             self.run.finish()
 

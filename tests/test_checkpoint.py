@@ -1,5 +1,6 @@
 """data/checkpoint.py: what is saved comes back, and nothing else ever loads."""
 
+import math
 import os
 import pickle
 import random
@@ -212,6 +213,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 def test_a_value_of_another_kind(tmp_path, wrong):
     torch.save({**example(), **wrong}, tmp_path / 'ckpt.pt')
     assert f'is not a checkpoint of train.py: {next(iter(wrong))} of another type' in refusal(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('step, fits', [(torch.tensor(3.0), True), (3, True), (torch.zeros(3), False), ('foo', False),
+                                        (torch.tensor(math.nan), False), (-1, False), (None, False)], ids=str)
+def test_the_step_of_an_optimizer_state(step, fits):
+    p = torch.nn.Parameter(torch.ones(2))
+    state = {'state': {0: {'step': step, 'exp_avg': torch.zeros(2), 'exp_avg_sq': torch.zeros(2)}}}
+    assert ckpt.misfit(torch.optim.AdamW([p]), state) == (None if fits else f'step of parameter 0 is {step}')
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')

@@ -522,6 +522,7 @@ def test_scripts_refuse_an_argument(refused, name, argument, message):
     ('--eval_interval=0', 'eval_interval=0 must be at least 1'),
     ('--log_interval=0', 'log_interval=0 must be at least 1'),
     ('--eval_iters=0', 'eval_iters=0 must be at least 1'),
+    ('--dataset=', 'dataset= is empty: name a folder in data/, or a path to one'),
     ('--max_iters=-1', 'max_iters=-1 must not be negative'),
     ('--warmup_iters=-1', 'warmup_iters=-1 must not be negative'),
     ('--learning_rate=0', 'learning_rate=0.0 must be finite and above 0'),

@@ -121,7 +121,8 @@ def test_sampling_follows_the_distribution():
 
 
 @pytest.mark.parametrize('how, allowed', [((1.0, 2, 1.0), {1, 3}), ((1.0, 0, 0.6), {3}), ((1.0, None, 0.7), {1, 3}),
-                                          ((1.0, 9, 1.0), {0, 1, 3}), ((0, 2, 1.0), {3}), ((1.0, 1, 0.5), {3})])
+                                          ((1.0, 9, 1.0), {0, 1, 3}), ((0, 2, 1.0), {3}), ((1e-300, 2, 1.0), {3}),
+                                          ((1.0, 1, 0.5), {3})])
 def test_what_top_k_and_top_p_leave(how, allowed):
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0]]).expand(1000, -1)
     assert set(sample_ids(logits, torch.arange(1000) / 1000, *how).tolist()) == allowed

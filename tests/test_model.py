@@ -419,7 +419,7 @@ def test_from_pretrained_refuses_another_architecture(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
     LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                  num_attention_heads=2, max_position_embeddings=16)).save_pretrained(tmp_path)
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -435,7 +435,7 @@ def test_from_pretrained_refuses_weights_that_do_not_fit(tmp_path, change):
     state = load_file(path)
     change(state)
     save_file(state, path, {'format': 'pt'})
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -448,7 +448,7 @@ def test_from_pretrained_of_an_incomplete_folder(tmp_path, damage):
         os.truncate(tmp_path / 'model.safetensors', 1000)
     else:
         (tmp_path / 'config.json').write_text('{"model_type": ')
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError):
         GPT.from_pretrained(str(tmp_path))
 
 

@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_line(logged, path):
         RunLog(str(path), {}, resumed_at=3)
     assert path.read_text(encoding='utf-8') == before and os.listdir(path.parent) == ['log.jsonl']
     log = RunLog(str(path), {}, resumed_at=3)
-    log.file.close()
-    log.file = open('/dev/full', 'a', encoding='utf-8')
+    os.remove(path)
+    os.symlink('/dev/full', path)
     with pytest.raises(DataError, match='No space left'):
         log.write('train', iter=3)
