@@ -139,11 +139,15 @@ def _configure(space):
         comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
                     if t.type == tokenize.COMMENT}
         tree = ast.parse(source)
-        print(f'{(ast.get_docstring(tree) or script).strip()}\n\nKnobs, set by --key=value or in a config file:\n')
+        lines = [f'{(ast.get_docstring(tree) or script).strip()}\n\nKnobs, set by --key=value or in a config file:\n']
         for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in knobs:
                 key = node.targets[0].id
-                print(f'  {f"--{key}={knobs[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
+                lines.append(f'  {f"--{key}={knobs[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
+        try:
+            print('\n'.join(lines), flush=True)
+        except BrokenPipeError:  # `--help | head` has seen enough; Python's own last flush must not complain either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
     words = sys.argv[1:]

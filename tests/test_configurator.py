@@ -464,6 +464,15 @@ Knobs, set by --key=value or in a config file:
 '''
 
 
+@pytest.mark.parametrize('name', ['train.py', 'sample.py'])
+def test_help_into_a_pipe_that_closes(name):
+    process = subprocess.Popen([sys.executable, '-u', os.path.join(ROOT, name), '--help'], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait(60) == 0
+    process.stderr.close()
+
+
 @pytest.mark.parametrize('arguments', [['--help'], ['-h'], ['--seed=3', '--help'], ['--help', '--batchsize=3'],
                                        ['absent.py', '-h'], ['my.py', '--help']])
 def test_help(toy, arguments):
