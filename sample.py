@@ -68,7 +68,7 @@ try:
         if path is None:
             fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: {ckpt.earlier(out_dir)}train first, or try '
                  '--init_from=gpt2')
-        checkpoint = ckpt.load(path)
+        checkpoint = ckpt.load(path, mmap=True)
         print(f'{path}: {checkpoint["iter_num"]} updates')
         model = GPT.from_checkpoint(checkpoint)
         if 'codec' in checkpoint:

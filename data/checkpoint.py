@@ -6,6 +6,7 @@ import os
 import tempfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -38,13 +39,19 @@ def save(path: str, checkpoint: dict) -> None:
                         one_rank=True) from e
 
 
-def _checksums(value) -> set[int]:
-    """CRC-32 of every tensor storage below a value."""
+def _tensors(value) -> list[torch.Tensor]:
+    """Every tensor below a value."""
     if isinstance(value, torch.Tensor):
-        raw = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-        return {zlib.crc32(raw.numpy())}
+        return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return set().union(*map(_checksums, parts))
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _checksums(value) -> set[int]:
+    """CRC-32 of every tensor storage below a value, on as many threads as there are processors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(value)}.values()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return set(pool.map(lambda s: zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(s).numpy()), storages))
 
 
 def _plain(value) -> bool:
@@ -58,11 +65,11 @@ def _plain(value) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def load(path: str) -> dict:
+def load(path: str, mmap: bool = False) -> dict:
     """
-    The dict that save() wrote, tensors on the CPU. Every byte is checked against its CRC, and the pickle may build
-    plain types and tensors only, so a file from a stranger runs no code. Raises DataError naming the file, its size
-    and the other checkpoint of the run, if there is one.
+    The dict that save() wrote, tensors on the CPU; with mmap they stay in the file, which must outlive them. Every byte
+    is checked against its CRC, and the pickle may build plain types and tensors only, so a file from a stranger runs no
+    code. Raises DataError naming the file, its size and the other checkpoint of the run, if there is one.
     """
     folder, name = os.path.split(path)
     spare = [os.path.join(folder, n) for n in NAMES if n != name and os.path.isfile(os.path.join(folder, n))]
@@ -72,13 +79,14 @@ def load(path: str) -> dict:
         if not zipfile.is_zipfile(path):
             raise DataError(f'{path} ({size}) is damaged or not a checkpoint{hint}')
         with zipfile.ZipFile(path) as z:
-            if broken := z.testzip():
-                raise DataError(f'{path} ({size}) is damaged: the checksum of {broken} does not match{hint}')
             stored = {entry.CRC for entry in z.infolist() if '/data/' in entry.filename}
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        # torch reads the zip's headers its own way: what counts is that the bytes it came back with are those checked
+            for entry in z.infolist():  # the pickle before anything is built from it
+                if '/data/' not in entry.filename:
+                    z.read(entry)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        # torch reads the zip's headers its own way: what counts is that the bytes it came back with are those covered
         if _checksums(checkpoint) != stored:
-            raise DataError(f'{path} ({size}) is damaged: its tensors are not the ones that its checksums cover{hint}')
+            raise DataError(f'{path} ({size}) is damaged: its tensors do not match their checksums{hint}')
     except DataError:
         raise
     except Exception as e:  # a broken file raises nearly anything

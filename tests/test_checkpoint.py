@@ -161,7 +161,18 @@ def test_every_bit_of_a_tensor_counts(tmp_path):
         flipped = bytearray(raw)
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
-        assert 'damaged: the checksum of' in refusal(path)
+        assert 'damaged: its tensors do not match' in refusal(path)
+
+
+def test_mapped_from_the_file(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    ckpt.save(str(path), example())
+    assert same(ckpt.load(str(path), mmap=True), example())
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(example()['model']['lm_head.weight'].numpy().tobytes())] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match='do not match their checksums'):
+        ckpt.load(str(path), mmap=True)
 
 
 class Payload:
