@@ -190,16 +190,15 @@ class Bins:
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (n, block_size) int64 each, at the places that n random uint64 select."""
-        tokens = self.tokens[split]
-        offsets = (raw % np.uint64(len(tokens) - self.block_size)).astype(np.int64)
-        rows = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (n, block_size + 1)
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)  # one at each offset
+        offsets = (raw % np.uint64(len(windows))).astype(np.int64)
+        rows = windows[offsets]  # (n, block_size + 1)
         if rows.max(initial=0) >= self.vocab_size:
             r, t = np.argwhere(rows >= self.vocab_size)[0]
             raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset '
                             f'{offsets[r] + t:,}; vocab_size is {self.vocab_size}: run {self.prepare} again',
                             one_rank=True)
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
     def train_batch(self, seed: int, step: int, row: int, rows: int,
                     batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
