@@ -190,7 +190,7 @@ class Bins:
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (n, block_size) int64 each, at the places that n random uint64 select."""
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)  # one at each offset
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)
         offsets = (raw % np.uint64(len(windows))).astype(np.int64)
         rows = windows[offsets]  # (n, block_size + 1)
         if rows.max(initial=0) >= self.vocab_size:
