@@ -1,0 +1,100 @@
+"""
+Does the fast path learn what the plain one learns? Trains GPT-2 124M on the Python sources of this machine with each,
+three seeds, and prints the losses. Plain: float32 residual stream, torch's own cross-entropy, nothing compiled.
+
+    python tests/loss_curves.py                  1,000 updates of 12 x 1024 tokens; all GPUs share the six runs
+    python tests/loss_curves.py --device=cpu --n_layer=2 --n_embd=48 --block_size=64 --max_iters=20    knobs of train.py
+"""
+
+import glob
+import json
+import os
+import queue
+import runpy
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+KNOBS = ['--gradient_accumulation_steps=1', '--batch_size=12', '--max_iters=1000', '--lr_decay_iters=1000',
+         '--warmup_iters=100', '--eval_interval=1000', '--eval_iters=100']
+
+
+def write_text(folder: str, tokens: int = 20_000_000) -> None:
+    """Bins of the standard library's and the installed packages' sources, cut off at so many GPT-2 tokens."""
+    from data import bins, codec
+    gpt2, made, parts = codec.GPT2Codec(), 0, []
+    for root in (sysconfig.get_path('stdlib'), sysconfig.get_path('purelib')):
+        for path in sorted(glob.glob(os.path.join(root, '**', '*.py'), recursive=True)):
+            if made < tokens and 0 < os.path.getsize(path) < 1 << 20:
+                with open(path, encoding='utf-8', errors='ignore') as f:
+                    parts.append(gpt2.encode(f.read()))
+                made += len(parts[-1])
+    parts = parts[1::2] + parts[::2]  # so that the end, for validation, is not one package's
+    held = max(1, len(parts) // 50)
+    bins.write(folder, gpt2, train=parts[:-held], val=parts[-held:])
+
+
+def plain_forward(self, idx, targets, keep_logits):
+    """GPT.forward without what makes it fast."""
+    x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)])
+    for block in self.transformer.h:
+        x = block(x)
+    logits = self.lm_head(self.transformer.ln_f(x))
+    return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+
+def train(path: str, knobs: list[str]) -> None:
+    """Run train.py in this process, plain or fast."""
+    if path == 'plain':
+        import model
+        model.GPT.forward = plain_forward
+        knobs = [*knobs, '--compile=False']
+    sys.argv = ['train.py', *knobs]
+    runpy.run_path(os.path.join(ROOT, 'train.py'), run_name='__main__')
+
+
+def main(knobs: list[str]) -> None:
+    gpus = queue.Queue()
+    for i in range(max(1, torch.cuda.device_count())):
+        gpus.put(i)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_text(os.path.join(scratch, 'text'))
+
+        def losses(run):
+            """Mean loss of the last tenth of the updates, and val loss at the end."""
+            (path, seed), gpu = run, gpus.get()
+            out = os.path.join(scratch, f'{path}{seed}')
+            subprocess.run([sys.executable, __file__, path, *KNOBS, f'--dataset={scratch}/text', f'--out_dir={out}',
+                            f'--seed={seed}', *knobs], check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, 'CUDA_VISIBLE_DEVICES': str(gpu)})
+            gpus.put(gpu)
+            with open(os.path.join(out, 'log.jsonl'), encoding='utf-8') as f:
+                records = [json.loads(line) for line in f]
+            train = [r['loss'] for r in records if 'loss' in r]
+            result = statistics.mean(train[-len(train) // 10:]), [r['val/loss'] for r in records if 'val/loss' in r][-1]
+            print(f'{path}, seed {seed}: train loss {result[0]:.4f}, val loss {result[1]:.4f}', flush=True)
+            return result
+
+        runs = [(path, seed) for seed in (1, 2, 3) for path in ('fast', 'plain')]
+        with ThreadPoolExecutor(gpus.qsize()) as pool:
+            done = dict(zip(runs, pool.map(losses, runs)))
+    for i, what in enumerate(('train', 'val')):
+        fast, plain = ([done[path, seed][i] for seed in (1, 2, 3)] for path in ('fast', 'plain'))
+        print(f'{what} loss: the means differ by {abs(statistics.mean(fast) - statistics.mean(plain)):.4f}, '
+              f'the seeds by {max(plain) - min(plain):.4f} (plain) and {max(fast) - min(fast):.4f} (fast)')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] in (['fast'], ['plain']):
+        train(sys.argv[1], sys.argv[2:])
+    else:
+        main(sys.argv[1:])
