@@ -53,13 +53,25 @@ class GPTConfig:
             raise ValueError(*problems)
 
 
+class Linear(nn.Linear):
+    """nn.Linear. A few rows in float32 on a CPU go to oneDNN, since MKL reads the weight with one thread then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in) -> (..., out)."""
+        few = x.device.type == 'cpu' and x.numel() <= 64 * self.in_features and not torch.is_grad_enabled()
+        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        if few and exact and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        return super().forward(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which position t sees positions <= t (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one matmul
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one matmul
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
@@ -85,9 +97,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.act = nn.GELU('tanh' if config.gelu == 'tanh' else 'none')
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,7 +138,7 @@ class Past:
             y = qkv.new_empty(B, 1, nh, hs)
             span, warps = (256, 8) if B * nh < 100 else (128, 2)  # timed on an H200
             attend_kernel[B, nh](qkv, self.kv, y, self.cache.at, self.kv.size(3), nh, hs ** -0.5, hs,
-                                 triton.next_power_of_2(hs), span, num_warps=warps)
+                                 triton.next_power_of_2(hs), span, num_warps=warps, **early(qkv.device))
             return y
         q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         for old, new in zip(self.kv, kv):
@@ -140,26 +152,26 @@ class Past:
 class KVCache:
     """
     Keys and values of the tokens read so far, (n_layer, 2, B, nh, S, hs): a step of generation then reads one token.
-    `pos` counts those tokens on the device, so that a step is the same kernels every time and can be captured.
+    `pos`, where the last of them stands, is on the device, so that a step is the same kernels every time: a CUDA graph.
     """
 
     def __init__(self, config: GPTConfig, batch: int, size: int, device: torch.device, dtype: torch.dtype):
         self.kv = torch.zeros(config.n_layer, 2, batch, config.n_head, size, config.n_embd // config.n_head,
                               device=device, dtype=dtype)
-        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.pos = torch.full((1,), -1, device=device)
         self.reach, self.fused = 0, triton_works(device)
         self.layers = [Past(self.kv[i], self) for i in range(config.n_layer)]
 
     def read(self, T: int) -> torch.Tensor:
         """Get ready for a prompt of T tokens, or for one more token; returns the positions (T,)."""
-        self.at, self.mask = self.pos + torch.arange(T, device=self.pos.device), None
-        self.reach += T
+        self.pos += T
+        self.at = self.pos if T == 1 else torch.arange(1 - T, 1, device=self.pos.device) + self.pos
+        self.reach, self.mask = self.reach + T, None
         if self.kv.is_cuda:  # where the host does not see captured steps: the whole cache, but for what is not filled
             self.reach = self.kv.size(4)
             if T == 1 and not self.fused:
                 seen = torch.arange(self.reach, device=self.pos.device) <= self.pos
                 self.mask = torch.where(seen, 0.0, -math.inf).to(self.kv.dtype).expand(1, 1, 1, self.reach)
-        self.pos += T
         return self.at
 
     @staticmethod
@@ -171,27 +183,31 @@ class KVCache:
 class FusedCrossEntropy(torch.autograd.Function):
     """
     Mean cross-entropy of logits x @ weight.T against targets, x: (N, C), weight: (V, C), targets: (N,) with -1 where no
-    loss is wanted. The gradient of the logits is made in the forward pass, while they are at hand: compiled, one kernel
-    reads them and writes it, and they are never read again. Only worth it compiled; F.cross_entropy is its plain twin.
+    loss is wanted. One kernel turns the logits into their gradient, where they are, and nothing else of their size is
+    ever held. Needs Triton; F.cross_entropy is its plain twin.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = (x @ weight.t()).float()  # (N, V); stored in the dtype of x, since it only feeds what follows
-        wanted, n = targets != -1, (targets != -1).sum()
-        top = logits.amax(-1, keepdim=True)
-        total = (logits - top).exp().sum(-1, keepdim=True)  # inductor makes one pass of these two lines
-        hit = torch.arange(logits.size(1), device=x.device) == targets[:, None]
-        scale = wanted[:, None] / n
-        ctx.save_for_backward((((logits - top).exp() / total - hit.float()) * scale).to(x.dtype), x, weight)
-        picked = logits.gather(1, targets.clamp(min=0)[:, None])
-        return ((top + total.log() - picked) * scale).sum()
+        logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
+        size = min(8192, 1 << (logits.size(1) - 1).bit_length())
+        loss_kernel[len(x),](logits, targets, losses, logits.size(1), size, num_warps=max(1, size // 512))
+        n = (targets != -1).sum().view(1)
+        ctx.save_for_backward(logits, x, weight, n)
+        return losses.sum() / n[0]
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        grad, x, weight = ctx.saved_tensors
-        scale = scale.to(x.dtype)
-        return (grad @ weight) * scale, grad.t() @ (x * scale), None
+        grad, x, weight, n = ctx.saved_tensors  # softmax less one-hot, n times the gradient
+        scale = scale / n  # float32, of one dimension: the products below round once
+        return (grad @ weight).mul_(scale), grad.t() @ x.clone().mul_(scale), None
+
+
+def lm_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of logits x @ weight.T, (N, C) and (V, C), against targets (N,), -1: none wanted."""
+    if x.is_cuda and (torch.compiler.is_compiling() or triton_works(x.device)):  # where the first works, so does Triton
+        return FusedCrossEntropy.apply(x, weight, targets)
+    return F.cross_entropy((x @ weight.t()).float(), targets, ignore_index=-1)
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -214,7 +230,7 @@ class GPT(nn.Module):
             'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix reads tokens in and scores them out
         # every residual branch adds variance: the 2 n_layer projections into the stream start smaller (section 2.3)
         for name, p in self.named_parameters():
@@ -246,15 +262,13 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x), None
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not keep_logits and dtype != torch.float16:
-            x, weight = x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
-            return None, FusedCrossEntropy.apply(x, weight, targets.flatten())
+        if not keep_logits:
+            return None, lm_loss(x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype), targets.flatten())
         logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits if keep_logits else None, loss
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def forward_token(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """forward for one more token, idx (B, 1), in five CUDA kernels a layer, for a batch of a few: (B, 1, V)."""
+        """forward for one more token, idx (B, 1), with the Triton kernels below: (B, 1, V)."""
         x = self.transformer.wte(idx) + self.transformer.wpe(cache.read(1))  # (B, 1, C)
         for block, past in zip(self.transformer.h, cache.layers):
             qkv = linear(x, block.attn.c_attn, norm=block.ln_1).view(len(x), 1, 3, self.config.n_head, -1)
@@ -285,28 +299,28 @@ class GPT(nn.Module):
             uniforms = torch.rand(B, max_new_tokens)
         u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
         out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1).T.contiguous()
-        at = torch.tensor([T], device=device)  # where in `out` the next token goes
+        at = torch.tensor([T - 1], device=device)  # where in `out` the last token stands
 
-        forward, fused = self.forward, B <= 2 and triton_works(device)
+        forward, fused = self.forward, triton_works(device) and not (compiled and B > 2)
         if compiled:
             # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
             options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
             forward = torch.compile(forward, options=options)
 
         def put(logits: torch.Tensor) -> None:
+            at.add_(1)
             now = u.index_select(0, at)[0]  # (B,)
             out.index_copy_(0, at, sample_ids(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
-            at.add_(1)
 
         def read_prompt() -> None:
             put(self(out[:T].T, cache=cache)[0])
 
         def read_token() -> None:
-            idx = out.index_select(0, at - 1).T  # (B, 1)
+            idx = out.index_select(0, at).T  # (B, 1)
             put(self.forward_token(idx, cache) if fused else forward(idx, cache=cache)[0])
 
         def read_window() -> None:  # past block_size every position shifts, so nothing of the cache stays true
-            put(forward(out.index_select(0, torch.arange(-S, 0, device=device) + at).T)[0])
+            put(forward(out.index_select(0, torch.arange(1 - S, 1, device=device) + at).T)[0])
 
         size, dtype = min(S, T + max_new_tokens - 1), self.lm_head.weight.dtype
         cache = KVCache(self.config, B, size, device, dtype) if T <= S else None
@@ -471,12 +485,8 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     if temperature < 1e-20:  # 0, or so little that float32 cannot divide by it
         return logits.argmax(-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
-    if triton_works(logits.device) and top_p == 1:
-        ids = torch.empty_like(u, dtype=torch.long)
-        lowest_bit = 16 if logits.dtype == torch.bfloat16 else 0
-        sample_kernel[(len(u),)](logits, u, ids, logits.stride(0), logits.size(1), k, 1 / temperature, lowest_bit, 4096,
-                                 num_warps=16)
-        return ids
+    if top_p == 1 and triton_works(logits.device):
+        return sample_fused(logits, u, temperature, k)
     logits = logits.float()
     if k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(k, sorted=False).values.amin(-1, keepdim=True), -math.inf)
@@ -573,52 +583,134 @@ def triton_works(device: torch.device) -> bool:
     if not triton or device.type != 'cuda':
         return False
     try:
-        one = torch.ones(1, 1, device=device)
-        sample_kernel[1,](one, one, one.long(), 1, 1, 1, 1.0, 31, 16)
+        sample_fused(torch.ones(1, 1, device=device), torch.ones(1, device=device), 1.0, 1)
     except Exception:
         return False
     return True
 
 
+def early(device: torch.device) -> dict:
+    """Launch options: from Hopper on a kernel may start while the one before it ends, and then waits for its result."""
+    hopper = torch.version.cuda and torch.cuda.get_device_capability(device)[0] >= 9
+    # the compiler cannot see through a kernel that waits
+    return {'EARLY': True, 'launch_pdl': True} if hopper and not torch.compiler.is_compiling() else {'EARLY': False}
+
+
+def sample_fused(logits: torch.Tensor, u: torch.Tensor, temperature: float, k: int) -> torch.Tensor:
+    """sample_ids without top_p in two CUDA kernels."""
+    (B, V), lowest_bit = logits.shape, 16 if logits.dtype == torch.bfloat16 else 0
+    G = triton.cdiv(V, 16)
+    ids, tops = torch.empty_like(u, dtype=torch.long), u.new_empty(B, G)
+    groups, kept = torch.empty_like(tops, dtype=torch.int32), u.new_empty(B, 16 * G)
+    tops_kernel[B, triton.cdiv(G, 256)](logits, tops, logits.stride(0), V, G, **early(logits.device))
+    sample_kernel[B,](logits, u, ids, tops, groups, kept, logits.stride(0), V, G, k, 1 / temperature, lowest_bit,
+                      num_warps=16, **early(logits.device))
+    return ids
+
+
 def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, gelu: str = '',
            add: torch.Tensor | None = None) -> torch.Tensor:
-    """add + GELU(layer(norm(x))), x: (B, 1, K) -> (B, 1, N), each part where it is given, in one CUDA kernel."""
-    (N, K), wide = layer.weight.shape, triton.next_power_of_2(layer.in_features)
-    y, rows = x.new_empty(len(x), 1, N), max(1, 4096 // wide)
-    linear_kernel[triton.cdiv(N, rows), len(x)](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias,
-                                                add, y, N, K, wide, rows, gelu, num_warps=4)
-    return y
+    """
+    add + GELU(layer(norm(x))), x: (B, 1, K) -> (B, 1, N), each part where it is given; may overwrite add. One CUDA
+    kernel for one or two sequences, whose time is that of reading the weight; for more, torch's matmul.
+    """
+    (N, K), B, wide = layer.weight.shape, len(x), triton.next_power_of_2(layer.in_features)
+    if B <= 2:
+        y, rows = x.new_empty(B, 1, N), max(1, 8192 // wide)
+        programs = min(triton.cdiv(N, rows), 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
+                                   wide, rows, gelu, num_warps=max(4, wide // 1024), **early(x.device))
+        return y
+    if norm:
+        x, y = torch.empty_like(x), x
+        norm_kernel[B,](y, norm.weight, norm.bias, x, K, wide, num_warps=4, **early(x.device))
+    if add is not None and layer.bias is None:
+        add.view(B, N).addmm_(x.view(B, K), layer.weight.t())
+        return add
+    y = layer(x) if add is None else add + layer(x)
+    return F.gelu(y, approximate='tanh' if gelu == 'tanh' else 'none') if gelu else y
 
 
 if triton:
     @triton.jit
-    def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
-                      ROWS: tl.constexpr, GELU: tl.constexpr):
-        """linear() for one sequence and some rows of the weight; the time is that of reading those."""
-        b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-        mine, real = n < N, k < K
-        w = tl.load(weight + n[:, None] * K + k[None], mine[:, None] & real[None], 0).to(tl.float32)
-        v = tl.load(x + b * K + k, real, 0).to(tl.float32)
+    def take_turn(EARLY: tl.constexpr):
+        """Wait for the results of the kernel before; the next one may start and come as far as this, too."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def read(values, at, n):
+        """Values at some positions, -inf from n on."""
+        return tl.load(values + at, mask=at < n, other=-float('inf')).to(tl.float32)
+
+    @triton.jit
+    def loss_kernel(logits, targets, losses, V, SIZE: tl.constexpr):
+        """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+        logits, target = logits + row * V, tl.load(targets + row)
+        hit, wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32), target != -1
+        top, total = tl.full((SIZE,), -1e30, tl.float32), tl.zeros((SIZE,), tl.float32)  # each lane's softmax so far
+        for s in range(0, V, SIZE):
+            x = read(logits, s + i, V)
+            new = tl.maximum(top, x)
+            total, top = total * tl.exp(top - new) + tl.exp(x - new), new
+        most = tl.max(top, 0)
+        whole = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
+        tl.store(losses + row, tl.where(wanted, whole - hit, 0.0))
+        for s in range(0, V, SIZE):
+            grad = tl.exp(read(logits, s + i, V) - whole) - (s + i == target).to(tl.float32)
+            tl.store(logits + s + i, tl.where(wanted, grad, 0.0), s + i < V)
+
+    @triton.jit
+    def load_row(x, gain, shift, k, K):
+        """A row of K channels in float32, normalised where there is a gain."""
+        v = tl.load(x + k, k < K, 0).to(tl.float32)
         if gain is not None:
-            v = tl.where(real, v - tl.sum(v, 0) / K, 0.0)
-            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * tl.load(gain + k, real, 0).to(tl.float32)
+            g = tl.load(gain + k, k < K, 0).to(tl.float32)
+            v = tl.where(k < K, v - tl.sum(v, 0) / K, 0.0)
+            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * g
         if shift is not None:
-            v += tl.load(shift + k, real, 0).to(tl.float32)
-        out = tl.sum(w * v[None], 1)
-        if bias is not None:
-            out += tl.load(bias + n, mine, 0).to(tl.float32)
-        if GELU == 'exact':
-            out *= 0.5 * (1 + tl.erf(out * 0.7071067811865476))
-        elif GELU == 'tanh':
-            out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))
-        if add is not None:
-            out += tl.load(add + b * N + n, mine, 0).to(tl.float32)
-        tl.store(y + b * N + n, out, mine)
+            v += tl.load(shift + k, k < K, 0).to(tl.float32)
+        return v
+
+    @triton.jit
+    def norm_kernel(x, gain, shift, y, K: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):
+        """LayerNorm of a row."""
+        take_turn(EARLY)
+        at, k = tl.program_id(0) * K, tl.arange(0, WIDE)
+        tl.store(y + at + k, load_row(x + at, gain, shift, k, K), k < K)
+
+    @triton.jit
+    def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
+                      ROWS: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
+        """linear() for one sequence and some rows of the weight; reading those takes the time, so it begins early."""
+        b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        weight += k[None]
+        w = tl.load(weight + n[:, None] * K, (n < N)[:, None] & (k < K)[None], 0)
+        take_turn(EARLY)
+        v = load_row(x + b * K, gain, shift, k, K)
+        for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+            n = first + tl.arange(0, ROWS)
+            after = n + tl.num_programs(0) * ROWS
+            coming = tl.load(weight + after[:, None] * K, (after < N)[:, None] & (k < K)[None], 0)
+            out = tl.sum(w.to(tl.float32) * v[None], 1)
+            if bias is not None:
+                out += tl.load(bias + n, n < N, 0).to(tl.float32)
+            if GELU == 'exact':
+                out *= 0.5 * (1 + tl.erf(out * 0.7071067811865476))
+            elif GELU == 'tanh':
+                out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))
+            if add is not None:
+                out += tl.load(add + b * N + n, n < N, 0).to(tl.float32)
+            tl.store(y + b * N + n, out, n < N)
+            w = coming
 
     @triton.jit
     def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
-                      SPAN: tl.constexpr):
+                      SPAN: tl.constexpr, EARLY: tl.constexpr):
         """Past.attend for one token, a program for each sequence and head; reads the filled part of the cache only."""
+        take_turn(EARLY)
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
         keys = kv + (b * HEADS + h) * S * HS
@@ -641,40 +733,58 @@ if triton:
         tl.store(y + b * C + h * HS + d, acc / total, inside)
 
     @triton.jit
-    def read(logits, at, V):
-        """Logits at some positions, -inf past the end."""
-        return tl.load(logits + at, mask=at < V, other=-float('inf')).to(tl.float32)
+    def tops_kernel(logits, tops, stride, V, G, EARLY: tl.constexpr):
+        """The largest of every 16 logits: (B, V) -> (B, G)."""
+        take_turn(EARLY)
+        row, g = tl.program_id(0), tl.program_id(1) * 256 + tl.arange(0, 256)
+        x = read(logits + row * stride, g[:, None] * 16 + tl.arange(0, 16)[None], V)
+        tl.store(tops + row * G + g, tl.max(x, 1), g < G)
 
     @triton.jit
-    def sample_kernel(logits, u, ids, stride, V, k, beta, LOWEST_BIT: tl.constexpr, SIZE: tl.constexpr):
-        """sample_ids in one kernel: a program reads its row again and again, from the nearest cache."""
-        row, i = tl.program_id(0), tl.arange(0, SIZE)
-        logits += row * stride
-        top = tl.full((SIZE,), -float('inf'), tl.float32)
-        for s in range(0, V, SIZE):
-            top = tl.maximum(top, read(logits, s + i, V))
-        key, kth = tl.full((), -2**31, tl.int32), tl.full((), -float('inf'), tl.float32)
-        for bit in range(31, LOWEST_BIT - 1, -1):  # the largest float that k logits reach, as integers of equal order
-            trial = key + (tl.full((), 1, tl.int32) << bit)
+    def kth_largest(values, n, k, LOWEST_BIT: tl.constexpr):
+        """The largest float that k of n values reach, or -inf: as integers of equal order, two bits a round."""
+        key, j = tl.full((), -2**31, tl.int32), tl.arange(0, 4)
+        for bit in range(LOWEST_BIT, 32, 2):
+            bit = LOWEST_BIT + 30 - bit
+            trial, reached = key + (j << bit), tl.zeros((4,), tl.int32)
             value = (trial ^ ((trial >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
-            reached = tl.sum((top >= value).to(tl.int32), 0)  # often the maxima of SIZE groups already tell
-            if (reached > 0) & (reached < k):
-                counts = tl.zeros((SIZE,), tl.int32)
-                for s in range(0, V, SIZE):
-                    counts += (read(logits, s + i, V) >= value).to(tl.int32)
-                reached = tl.sum(counts, 0)
-            if reached >= k:
-                key, kth = trial, value
-        most, total = tl.max(top, 0), tl.zeros((SIZE,), tl.float32)
-        for s in range(0, V, SIZE):
-            x = read(logits, s + i, V)
-            total += tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
-        goal, cdf = tl.load(u + row) * tl.sum(total, 0), tl.zeros((), tl.float32)
-        below, last = tl.zeros((SIZE,), tl.int32), tl.zeros((SIZE,), tl.int32)
-        for s in range(0, V, SIZE):
-            x = read(logits, s + i, V)
+            for s in range(0, n, 4096):
+                reached += tl.sum((read(values, s + tl.arange(0, 4096), n)[None] >= value[:, None]).to(tl.int32), 1)
+            key += tl.max(tl.where(reached >= k, j, 0), 0) << bit
+        kth = (key ^ ((key >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
+        return tl.where(kth == kth, kth, -float('inf'))
+
+    @triton.jit
+    def sample_kernel(logits, u, ids, tops, groups, kept, stride, V, G, k, beta, LOWEST_BIT: tl.constexpr,
+                      EARLY: tl.constexpr):
+        """sample_ids, a program for each row: only groups of 16 whose top is among the k largest tops need be read."""
+        take_turn(EARLY)
+        row, i = tl.program_id(0), tl.arange(0, 4096)
+        logits, tops, groups, kept = logits + row * stride, tops + row * G, groups + row * G, kept + row * G * 16
+        bound, most = kth_largest(tops, G, k, LOWEST_BIT), tl.full((), -float('inf'), tl.float32)
+        n = tl.zeros((), tl.int32)
+        for s in range(0, G, 4096):
+            x = read(tops, s + i, G)
+            keep = ((x >= bound) & (s + i < G)).to(tl.int32)
+            tl.store(groups + n + tl.cumsum(keep, 0) - 1, s + i, keep > 0)
+            n, most = n + tl.sum(keep, 0), tl.maximum(most, tl.max(x, 0))
+        tl.debug_barrier()  # what other threads stored is read below
+        n *= 16
+        for s in range(0, n, 4096):
+            id = tl.load(groups + (s + i) // 16, s + i < n, 0) * 16 + i % 16
+            tl.store(kept + s + i, read(logits, id, V), s + i < n)
+        tl.debug_barrier()
+        kth, total = kth_largest(kept, n, k, LOWEST_BIT), tl.zeros((), tl.float32)
+        for s in range(0, n, 4096):
+            x = read(kept, s + i, n)
+            total += tl.sum(tl.where(x >= kth, tl.exp((x - most) * beta), 0.0), 0)
+        goal, cdf = tl.load(u + row) * total, tl.zeros((), tl.float32)
+        below, last = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        for s in range(0, n, 4096):
+            x = read(kept, s + i, n)
             p = tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
-            below += (cdf + tl.cumsum(p, 0) <= goal).to(tl.int32)
-            last = tl.maximum(last, tl.where(p > 0, s + i, 0))  # never past the last id that has probability
+            below += tl.sum((cdf + tl.cumsum(p, 0) <= goal).to(tl.int32), 0)
+            last = tl.maximum(last, tl.max(tl.where(p > 0, s + i, 0), 0))  # the last that has probability
             cdf += tl.sum(p, 0)
-        tl.store(ids + row, tl.minimum(tl.sum(below, 0), tl.max(last, 0)).to(tl.int64))
+        at = tl.minimum(below, last)
+        tl.store(ids + row, (tl.load(groups + at // 16) * 16 + at % 16).to(tl.int64))

@@ -193,8 +193,10 @@ if compile:
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# the order: compile raw_model, DDP around that
-model = torch.compile(raw_model, dynamic=False) if compile else raw_model  # evaluation gets a graph of its own
+# the order: compile raw_model, DDP around that; evaluation calls raw_model, where one compiled block serves for all
+model = torch.compile(raw_model, dynamic=False) if compile else raw_model
+for block in raw_model.transformer.h if compile else ():
+    block.compile(dynamic=False)
 if ddp:
     model = DistributedDataParallel(model)
 
@@ -221,7 +223,7 @@ def evaluate():
         sums[split] = torch.zeros((), device=device)
         for x, y, n in bins.eval_batches(split, count, rows, rank, world_size):
             with autocast():
-                sums[split] += n * model(to_device(x), to_device(y), keep_logits=False)[1]
+                sums[split] += n * raw_model(to_device(x), to_device(y), keep_logits=False)[1]
     raw_model.train()
     return {split: total * world_size / count for split, total in zip(sums, mean_over_ranks(*sums.values()))}
 
@@ -293,9 +295,9 @@ def clip_and_step():
     return norm
 
 
-# a small model is done before the host has launched its next kernels: replayed as CUDA graphs it need not wait for them
+# kernels that take no longer than their launch leave gaps, replayed as one CUDA graph few; large ones hide their launch
 work = raw_model.flops_per_token() * batch_size * block_size
-capture = device_type == 'cuda' and not ddp and not scaler.is_enabled() and work < 4e12
+capture = device_type == 'cuda' and not ddp and not scaler.is_enabled() and work < 2e13
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, PUBLISHED, GPTConfig, cosine_lr, peak_flops, resolve
+from model import GPT, PUBLISHED, GPTConfig, Linear, cosine_lr, peak_flops, resolve
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -91,6 +91,21 @@ def plain(net: GPT, x: torch.Tensor, p: float = 0.0) -> torch.Tensor:
 def test_network_is_the_formula_written_out(bias):
     net, x = small(bias=bias), ids(3, 16)
     torch.testing.assert_close(net(x, x)[0], plain(net, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_few_rows_by_onednn_are_a_matmul(bias):
+    layer = Linear(48, 80, bias=bias)
+    for shape in [(48,), (1, 1, 48), (10, 1, 48), (64, 48), (3, 30, 48)]:  # the last one is more than a few
+        x = torch.randn(*shape)
+        wanted = F.linear(x, layer.weight, layer.bias)
+        with torch.profiler.profile() as seen, torch.no_grad():
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+        names = {event.name for event in seen.events()}
+        assert ('mkldnn::_linear_pointwise' in names) == (x.numel() <= 64 * 48 and torch.backends.mkldnn.is_available())
+        assert layer(x).requires_grad, 'and in training it has its gradient'
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert layer(torch.randn(1, 48)).dtype == torch.bfloat16
 
 
 def test_dropout_falls_on_embeddings_attention_weights_and_both_branches():
