@@ -592,7 +592,7 @@ def triton_works(device: torch.device) -> bool:
 def early(device: torch.device) -> dict:
     """Launch options: from Hopper on a kernel may start while the one before it ends, and then waits for its result."""
     hopper = torch.version.cuda and torch.cuda.get_device_capability(device)[0] >= 9
-    # the compiler cannot see through a kernel that waits
+    # torch.compile cannot tell what a kernel that waits writes to
     return {'EARLY': True, 'launch_pdl': True} if hopper and not torch.compiler.is_compiling() else {'EARLY': False}
 
 
@@ -622,11 +622,11 @@ def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, 
                                    wide, rows, gelu, num_warps=max(4, wide // 1024), **early(x.device))
         return y
     if norm:
-        x, y = torch.empty_like(x), x
-        norm_kernel[B,](y, norm.weight, norm.bias, x, K, wide, num_warps=4, **early(x.device))
+        normed = torch.empty_like(x)
+        norm_kernel[B,](x, norm.weight, norm.bias, normed, K, wide, num_warps=4, **early(x.device))
+        x = normed
     if add is not None and layer.bias is None:
-        add.view(B, N).addmm_(x.view(B, K), layer.weight.t())
-        return add
+        return add.view(B, N).addmm_(x.view(B, K), layer.weight.t()).view(B, 1, N)
     y = layer(x) if add is None else add + layer(x)
     return F.gelu(y, approximate='tanh' if gelu == 'tanh' else 'none') if gelu else y
 
