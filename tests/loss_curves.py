@@ -2,10 +2,11 @@
 Does the fast path learn what the plain one learns? Trains GPT-2 124M on the Python sources of this machine with each,
 three seeds, and prints the losses. Plain: float32 residual stream, torch's own cross-entropy, nothing compiled.
 
-    python tests/loss_curves.py                  1,000 updates of 12 x 1024 tokens; all GPUs share the six runs
-    python tests/loss_curves.py --device=cpu --n_layer=2 --n_embd=48 --block_size=64 --max_iters=20    knobs of train.py
+    python tests/loss_curves.py                          1,000 updates of 12 x 1024 tokens; all GPUs share the six runs
+    python tests/loss_curves.py --tokens=200000 --device=cpu --n_layer=2 --n_embd=48        further knobs go to train.py
 """
 
+import argparse
 import glob
 import json
 import os
@@ -28,7 +29,7 @@ KNOBS = ['--gradient_accumulation_steps=1', '--batch_size=12', '--max_iters=1000
          '--warmup_iters=100', '--eval_interval=1000', '--eval_iters=100']
 
 
-def write_text(folder: str, tokens: int = 20_000_000) -> None:
+def write_text(folder: str, tokens: int) -> None:
     """Bins of the standard library's and the installed packages' sources, cut off at so many GPT-2 tokens."""
     from data import bins, codec
     gpt2, made, parts = codec.GPT2Codec(), 0, []
@@ -62,12 +63,15 @@ def train(path: str, knobs: list[str]) -> None:
     runpy.run_path(os.path.join(ROOT, 'train.py'), run_name='__main__')
 
 
-def main(knobs: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--tokens', type=int, default=20_000_000, help='of text to train on')
+    options, knobs = parser.parse_known_args()
     gpus = queue.Queue()
     for i in range(max(1, torch.cuda.device_count())):
         gpus.put(i)
     with tempfile.TemporaryDirectory() as scratch:
-        write_text(os.path.join(scratch, 'text'))
+        write_text(os.path.join(scratch, 'text'), options.tokens)
 
         def losses(run):
             """Mean loss of the last tenth of the updates, and val loss at the end."""
@@ -97,4 +101,4 @@ if __name__ == '__main__':
     if sys.argv[1:2] in (['fast'], ['plain']):
         train(sys.argv[1], sys.argv[2:])
     else:
-        main(sys.argv[1:])
+        main()

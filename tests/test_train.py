@@ -562,3 +562,15 @@ def test_published_weights_and_another_vocabulary(train, out_dir, published, tmp
 def test_published_weights_with_too_few_positions(train, published):
     done = train(init_from=published, block_size=64)
     assert done.code == 2 and done.err.endswith("train.py: block_size=64 is more than the model's 32 positions\n")
+
+
+@pytest.mark.slow
+def test_loss_curves_of_one_function_are_one():
+    """tests/loss_curves.py, where fast and plain are the same: eager, in float32, on a CPU."""
+    small = {**TINY, 'gradient_accumulation_steps': 1, 'max_iters': 4}
+    ran = run('tests/loss_curves.py', '--tokens=20000', *flags(**small))
+    if 'tokenizer could not be loaded' in ran.stderr:
+        pytest.skip('no tokenizer files')
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count('means differ by 0.0000') == 2
+    assert len(set(re.findall(r'val loss (\d+\.\d{4})$', ran.stdout, re.M))) == 3  # one a seed
