@@ -109,7 +109,7 @@ def transformers_gpt2():
 
 KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'), 'matmul': ('nvjet', 'gemm', 'cutlass', '::mm', 'addmm'),
          'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
-         'loss': ('softmax', 'cross_entropy', 'nll'), 'GELU': ('gelu',), 'LayerNorm': ('layer_norm',),
+         'loss': ('softmax', 'cross_entropy', 'nll', 'loss_kernel'), 'GELU': ('gelu',), 'LayerNorm': ('layer_norm',),
          'embedding': ('embedding', 'index_put', 'scatter'), 'copies': ('memcpy', 'memset', 'copy')}
 
 

@@ -58,9 +58,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        few = x.device.type == 'cpu' and x.numel() <= 64 * self.in_features and not torch.is_grad_enabled()
-        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-        if few and exact and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu':
+            return super().forward(x)
+        few, exact = x.numel() <= 64 * self.in_features, x.dtype == self.weight.dtype == torch.float32
+        if few and exact and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
 
@@ -191,7 +192,8 @@ class FusedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
         size = min(8192, 1 << (logits.size(1) - 1).bit_length())
-        loss_kernel[len(x),](logits, targets, losses, logits.size(1), size, num_warps=max(1, size // 512))
+        loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), size,
+                             num_warps=max(1, size // 512))
         n = (targets != -1).sum().view(1)
         ctx.save_for_backward(logits, x, weight, n)
         return losses.sum() / n[0]
@@ -575,7 +577,7 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-# -- Triton kernels for one token on CUDA, with torch's own calls above as their twins --------------------------------
+# -- Triton kernels for CUDA: one token, and the loss; torch's own calls above are their twins ------------------------
 
 @functools.cache
 def triton_works(device: torch.device) -> bool:
@@ -619,7 +621,7 @@ def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, 
         y, rows = x.new_empty(B, 1, N), max(1, 8192 // wide)
         programs = min(triton.cdiv(N, rows), 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
         linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
-                                   wide, rows, gelu, num_warps=max(4, wide // 1024), **early(x.device))
+                                   wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **early(x.device))
         return y
     if norm:
         normed = torch.empty_like(x)
@@ -645,10 +647,10 @@ if triton:
         return tl.load(values + at, mask=at < n, other=-float('inf')).to(tl.float32)
 
     @triton.jit
-    def loss_kernel(logits, targets, losses, V, SIZE: tl.constexpr):
+    def loss_kernel(logits, targets, losses, stride, V, SIZE: tl.constexpr):
         """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-        logits, target = logits + row * V, tl.load(targets + row)
+        logits, target = logits + row * stride, tl.load(targets + row)
         hit, wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32), target != -1
         top, total = tl.full((SIZE,), -1e30, tl.float32), tl.zeros((SIZE,), tl.float32)  # each lane's softmax so far
         for s in range(0, V, SIZE):
@@ -741,7 +743,7 @@ if triton:
         tl.store(tops + row * G + g, tl.max(x, 1), g < G)
 
     @triton.jit
-    def kth_largest(values, n, k, LOWEST_BIT: tl.constexpr):
+    def kth_largest(values, n, k, LOWEST_BIT: tl.constexpr):  # those below are the same in all bfloat16 of one sign
         """The largest float that k of n values reach, or -inf: as integers of equal order, two bits a round."""
         key, j = tl.full((), -2**31, tl.int32), tl.arange(0, 4)
         for bit in range(LOWEST_BIT, 32, 2):
@@ -779,12 +781,12 @@ if triton:
             x = read(kept, s + i, n)
             total += tl.sum(tl.where(x >= kth, tl.exp((x - most) * beta), 0.0), 0)
         goal, cdf = tl.load(u + row) * total, tl.zeros((), tl.float32)
-        below, last = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        at, last = n, tl.zeros((), tl.int32)  # the first with probability that passes the goal, the last with any
         for s in range(0, n, 4096):
             x = read(kept, s + i, n)
             p = tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
-            below += tl.sum((cdf + tl.cumsum(p, 0) <= goal).to(tl.int32), 0)
-            last = tl.maximum(last, tl.max(tl.where(p > 0, s + i, 0), 0))  # the last that has probability
+            at = tl.minimum(at, tl.min(tl.where((p > 0) & (cdf + tl.cumsum(p, 0) > goal), s + i, n), 0))
+            last = tl.maximum(last, tl.max(tl.where(p > 0, s + i, 0), 0))
             cdf += tl.sum(p, 0)
-        at = tl.minimum(below, last)
-        tl.store(ids + row, (tl.load(groups + at // 16) * 16 + at % 16).to(tl.int64))
+        at = tl.minimum(at, last)
+        tl.store(ids + row, (tl.load(groups + at // 16, n > 0, 0) * 16 + at % 16).to(tl.int64))  # n = 0: all are NaN

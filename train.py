@@ -295,7 +295,7 @@ def clip_and_step():
     return norm
 
 
-# kernels that take no longer than their launch leave gaps, replayed as one CUDA graph few; large ones hide their launch
+# small kernels wait for their launch; replayed as one CUDA graph they hardly do, and large ones need no help
 work = raw_model.flops_per_token() * batch_size * block_size
 capture = device_type == 'cuda' and not ddp and not scaler.is_enabled() and work < 2e13
 if capture:

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import queue
+import random
 import runpy
 import statistics
 import subprocess
@@ -33,13 +34,14 @@ def write_text(folder: str, tokens: int) -> None:
     """Bins of the standard library's and the installed packages' sources, cut off at so many GPT-2 tokens."""
     from data import bins, codec
     gpt2, made, parts = codec.GPT2Codec(), 0, []
-    for root in (sysconfig.get_path('stdlib'), sysconfig.get_path('purelib')):
-        for path in sorted(glob.glob(os.path.join(root, '**', '*.py'), recursive=True)):
-            if made < tokens and 0 < os.path.getsize(path) < 1 << 20:
-                with open(path, encoding='utf-8', errors='ignore') as f:
-                    parts.append(gpt2.encode(f.read()))
-                made += len(parts[-1])
-    parts = parts[1::2] + parts[::2]  # so that the end, for validation, is not one package's
+    roots = sysconfig.get_path('stdlib'), sysconfig.get_path('purelib')
+    paths = sorted({path for root in roots for path in glob.glob(os.path.join(root, '**', '*.py'), recursive=True)})
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        if made < tokens and 0 < os.path.getsize(path) < 1 << 20:
+            with open(path, encoding='utf-8', errors='ignore') as f:
+                parts.append(gpt2.encode(f.read()))
+            made += len(parts[-1])
     held = max(1, len(parts) // 50)
     bins.write(folder, gpt2, train=parts[:-held], val=parts[-held:])
 
@@ -68,8 +70,9 @@ def main() -> None:
     parser.add_argument('--tokens', type=int, default=20_000_000, help='of text to train on')
     options, knobs = parser.parse_known_args()
     gpus = queue.Queue()
-    for i in range(max(1, torch.cuda.device_count())):
-        gpus.put(i)
+    count = torch.cuda.device_count()
+    for gpu in os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(count)))).split(',')[:max(1, count)]:
+        gpus.put(gpu)
     with tempfile.TemporaryDirectory() as scratch:
         write_text(os.path.join(scratch, 'text'), options.tokens)
 
@@ -77,10 +80,12 @@ def main() -> None:
             """Mean loss of the last tenth of the updates, and val loss at the end."""
             (path, seed), gpu = run, gpus.get()
             out = os.path.join(scratch, f'{path}{seed}')
-            subprocess.run([sys.executable, __file__, path, *KNOBS, f'--dataset={scratch}/text', f'--out_dir={out}',
-                            f'--seed={seed}', *knobs], check=True, stdout=subprocess.DEVNULL,
-                           env={**os.environ, 'CUDA_VISIBLE_DEVICES': str(gpu)})
-            gpus.put(gpu)
+            try:
+                subprocess.run([sys.executable, __file__, path, *KNOBS, f'--dataset={scratch}/text', f'--out_dir={out}',
+                                f'--seed={seed}', *knobs], check=True, stdout=subprocess.DEVNULL,
+                               env={**os.environ, 'CUDA_VISIBLE_DEVICES': gpu})
+            finally:
+                gpus.put(gpu)
             with open(os.path.join(out, 'log.jsonl'), encoding='utf-8') as f:
                 records = [json.loads(line) for line in f]
             train = [r['loss'] for r in records if 'loss' in r]

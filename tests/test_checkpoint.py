@@ -167,7 +167,11 @@ def test_every_bit_of_a_tensor_counts(tmp_path):
 def test_mapped_from_the_file(tmp_path):
     path = tmp_path / 'ckpt.pt'
     ckpt.save(str(path), example())
-    assert same(ckpt.load(str(path), mmap=True), example())
+    loaded = ckpt.load(str(path), mmap=True)
+    assert same(loaded, example())
+    if os.path.exists('/proc/self/maps'):
+        with open('/proc/self/maps', encoding='utf-8') as f:
+            assert str(path) in f.read()
     raw = bytearray(path.read_bytes())
     raw[raw.index(example()['model']['lm_head.weight'].numpy().tobytes())] ^= 1
     path.write_bytes(raw)

@@ -130,7 +130,7 @@ def test_what_top_k_and_top_p_leave(how, allowed):
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('V', [65, 1000, 50257])
+@pytest.mark.parametrize('V', [7, 64, 65, 1000, 50257])
 def test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device):
     g = torch.Generator().manual_seed(0)
     for top_k in (None, 1, 20, 200, V):
@@ -154,6 +154,15 @@ def test_the_largest_uniform_below_one_draws_a_possible_id(device):
         assert sample_ids(logits, u, 1.0, top_k, 1.0).tolist() == [20, 20, 500, 500]
 
 
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('V', [40, 48])
+def test_logits_that_are_nan_draw_an_id_all_the_same(V, device):
+    logits, u = torch.full((3, V), math.nan, device=device), torch.rand(3, device=device)
+    for top_k in (None, 5):
+        ids = sample_ids(logits, u, 1.0, top_k, 1.0)
+        assert ((0 <= ids) & (ids < V)).all()
+
+
 def test_ids_of_a_padded_vocabulary_are_never_drawn(gpt):
     out = gpt.generate(torch.zeros(4, 1, dtype=torch.long), 100, 5.0, None, vocab_size=7)
     assert out.max() < 7
@@ -170,4 +179,6 @@ def test_it_streams(gpt):
 def test_it_compiles(gpt):
     idx, uniforms = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 30)
     plain = gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms)
+    torch._dynamo.utils.counters.clear()
     assert torch.equal(gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms, compiled=True), plain)
+    assert not torch._dynamo.utils.counters['graph_break'], 'whole steps, not pieces of them'

@@ -12,15 +12,16 @@ GPU = {**TINY, 'device': 'cuda', 'dtype': 'bfloat16'}
 
 
 @cuda
-@pytest.mark.parametrize('knobs', [dict(), dict(n_embd=768, n_head=12, batch_size=32, block_size=1024, n_layer=12)],
+@pytest.mark.parametrize('knobs', [dict(), dict(n_embd=768, n_head=12, batch_size=40, block_size=1024, n_layer=12)],
                          ids=['captured', 'launched'])
 def test_a_step_that_does_not_log_never_waits(script, dataset, tmp_path, knobs):
     def on_step(step, model):
         torch.cuda.set_sync_debug_mode('error' if 3 <= step < 7 else 'default')
 
     try:
-        script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'log_interval': 100,
+        names = script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'log_interval': 100,
                                      'eval_interval': 100, 'dropout': 0.1, **knobs}), on_step=on_step)
+        assert names['capture'] == (not knobs)
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
@@ -119,15 +120,16 @@ def test_fused_cross_entropy_is_cross_entropy(V, dtype):
 @cuda
 @pytest.mark.parametrize('gelu', ['exact', 'tanh'])
 @pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('batch', [1, 2, 3])
 @torch.inference_mode()
-def test_a_token_in_five_kernels_a_layer(bias, gelu):
+def test_a_token_by_the_kernels(batch, bias, gelu):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('highest')
     config = GPTConfig(block_size=300, vocab_size=1000, n_layer=3, n_head=3, n_embd=72, bias=bias, gelu=gelu)
-    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (2, 300), device='cuda')
+    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (batch, 300), device='cuda')
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)
-    cache = KVCache(config, 2, 300, idx.device, torch.float32)
+    cache = KVCache(config, batch, 300, idx.device, torch.float32)
     model(idx[:, :297], cache=cache)
     for t in range(297, 300):
         logits = model.forward_token(idx[:, t:t + 1], cache)
