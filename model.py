@@ -58,10 +58,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu':
-            return super().forward(x)
-        few, exact = x.numel() <= 64 * self.in_features, x.dtype == self.weight.dtype == torch.float32
-        if few and exact and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available():
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+        few = x.device.type == 'cpu' and x.numel() <= 64 * self.in_features
+        if plain and few and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
 
