@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, FusedCrossEntropy, GPTConfig, KVCache, captured, triton_works
+from model import GPT, FusedCrossEntropy, GPTConfig, KVCache, captured, lm_loss, triton_works
 from tests.conftest import TINY, flags
 
 cuda = pytest.mark.gpu
@@ -24,6 +24,16 @@ def test_a_step_that_does_not_log_never_waits(script, dataset, tmp_path, knobs):
         assert names['capture'] == (not knobs)
     finally:
         torch.cuda.set_sync_debug_mode('default')
+
+
+@cuda
+def test_batches_arrive_whole_though_the_device_is_behind(script, dataset, tmp_path):
+    """The pinned copy of a batch is free again when to_device returns; it must not be refilled before it is read."""
+    names = script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'max_iters': 1}))
+    torch.cuda._sleep(1 << 31)  # a second
+    arrived = [names['to_device'](torch.full((12, 1024), i)) for i in range(64)]
+    assert not torch.cuda.current_stream().query()  # not one of them has been read yet
+    assert all((ids == i).all() for i, ids in enumerate(arrived))
 
 
 @cuda
@@ -115,6 +125,38 @@ def test_fused_cross_entropy_is_cross_entropy(V, dtype):
     torch.testing.assert_close(fused.double(), plain, **near)
     for ours, theirs in zip(torch.autograd.grad(3 * fused, (x, weight)), torch.autograd.grad(3 * plain, (x, weight))):
         torch.testing.assert_close(ours, theirs, **near)
+
+
+@cuda
+def test_compiled_loss_of_a_vocabulary_that_is_no_multiple():
+    """50,257: inductor may pad the rows of the logits."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 64, device='cuda'), torch.randn(50257, 64, device='cuda') / 8
+    x, weight = (t.bfloat16().requires_grad_() for t in (x, weight))
+    targets = torch.randint(-1, 50257, (256,), device='cuda')
+    plain = F.cross_entropy(x.double() @ weight.double().t(), targets, ignore_index=-1)
+    loss = torch.compile(lambda *args: lm_loss(*args), dynamic=False)(x, weight, targets)
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(plain, (x, weight))):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@cuda
+@pytest.mark.parametrize('batch', [1, 2, 3])
+@torch.inference_mode()
+def test_bfloat16_kernels_are_as_near_to_float32_as_torch(batch):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    config = GPTConfig(block_size=128, vocab_size=1000, n_layer=4, n_head=4, n_embd=256, gelu='exact')
+    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (batch, 128), device='cuda')
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.bfloat16()
+    cache = KVCache(config, batch, 128, idx.device, torch.bfloat16)
+    model(idx[:, :127], cache=cache)
+    ours, torchs = model.forward_token(idx[:, 127:], cache).float(), model(idx)[0].float()
+    exact = model.float()(idx)[0]
+    assert (ours - exact).norm() <= 1.25 * (torchs - exact).norm()
 
 
 @cuda
