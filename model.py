@@ -136,7 +136,7 @@ class Past:
         B, T, _, nh, hs = qkv.shape
         if T == 1 and self.cache.fused:
             y = qkv.new_empty(B, 1, nh, hs)
-            span, warps = (256, 8) if B * nh < 100 else (128, 2)  # timed on an H200
+            span, warps = (256, 8) if B * nh < 100 else (32, 2)  # timed on an H100
             attend_kernel[B, nh](qkv, self.kv, y, self.cache.at, self.kv.size(3), nh, hs ** -0.5, hs,
                                  triton.next_power_of_2(hs), span, num_warps=warps, **early(qkv.device))
             return y
@@ -687,35 +687,36 @@ if triton:
                       ROWS: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
         """linear() for one sequence and some rows of the weight; reading those takes the time, so it begins early."""
         b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-        weight += k[None]
-        w = tl.load(weight + n[:, None] * K, (n < N)[:, None] & (k < K)[None], 0)
+        step = tl.num_programs(0) * ROWS
+        w = tl.load(weight + n[:, None] * K + k[None], (n < N)[:, None] & (k < K)[None], 0)
         take_turn(EARLY)
         v = load_row(x + b * K, gain, shift, k, K)
-        for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        for first in range(tl.program_id(0) * ROWS, N, step):
             n = first + tl.arange(0, ROWS)
-            after = n + tl.num_programs(0) * ROWS
-            coming = tl.load(weight + after[:, None] * K, (after < N)[:, None] & (k < K)[None], 0)
-            out = tl.sum(w.to(tl.float32) * v[None], 1)
-            if bias is not None:
-                out += tl.load(bias + n, n < N, 0).to(tl.float32)
+            after = n + step
+            coming = tl.load(weight + after[:, None] * K + k[None], (after < N)[:, None] & (k < K)[None], 0)
+            given = 0.0 if bias is None else tl.load(bias + n, n < N, 0).to(tl.float32)
+            rest = 0.0 if add is None else tl.load(add + b * N + n, n < N, 0).to(tl.float32)
+            out = tl.sum(w.to(tl.float32) * v[None], 1) + given
             if GELU == 'exact':
                 out *= 0.5 * (1 + tl.erf(out * 0.7071067811865476))
             elif GELU == 'tanh':
                 out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))
-            if add is not None:
-                out += tl.load(add + b * N + n, n < N, 0).to(tl.float32)
-            tl.store(y + b * N + n, out, n < N)
+            tl.store(y + b * N + n, out + rest, n < N)
             w = coming
 
     @triton.jit
     def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
                       SPAN: tl.constexpr, EARLY: tl.constexpr):
         """Past.attend for one token, a program for each sequence and head; reads the filled part of the cache only."""
-        take_turn(EARLY)
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
         keys = kv + (b * HEADS + h) * S * HS
         values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
+        i = tl.arange(0, SPAN)
+        there, place = (i < t)[:, None] & inside[None], i[:, None] * HS + d[None]
+        k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)  # of earlier steps: need not wait
+        take_turn(EARLY)
         qkv += b * 3 * C + h * HS + d
         q = tl.load(qkv, inside, 0).to(tl.float32) * SCALE
         key, value = tl.load(qkv + C, inside, 0), tl.load(qkv + 2 * C, inside, 0)
@@ -723,14 +724,13 @@ if triton:
         tl.store(values + t * HS + d, value, inside)
         top, total, acc = tl.sum(q * key.to(tl.float32), 0), 1.0, value.to(tl.float32)  # of the softmax, so far
         for s in range(0, t, SPAN):
-            i = s + tl.arange(0, SPAN)
-            there, place = (i < t)[:, None] & inside[None], i[:, None] * HS + d[None]
-            k = tl.load(keys + place, there, 0).to(tl.float32)
-            v = tl.load(values + place, there, 0).to(tl.float32)
-            score = tl.where(i < t, tl.sum(q[None] * k, 1), -float('inf'))
+            score = tl.where(s + i < t, tl.sum(q[None] * k.to(tl.float32), 1), -float('inf'))
             new = tl.maximum(top, tl.max(score, 0))
             old, p, top = tl.exp(top - new), tl.exp(score - new), new
-            acc, total = acc * old + tl.sum(p[:, None] * v, 0), total * old + tl.sum(p, 0)
+            acc, total = acc * old + tl.sum(p[:, None] * v.to(tl.float32), 0), total * old + tl.sum(p, 0)
+            after = s + SPAN + i
+            there, place = (after < t)[:, None] & inside[None], after[:, None] * HS + d[None]
+            k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)
         tl.store(y + b * C + h * HS + d, acc / total, inside)
 
     @triton.jit
