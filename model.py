@@ -54,13 +54,13 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear. A few rows in float32 on a CPU go to oneDNN, since MKL reads the weight with one thread then."""
+    """nn.Linear. Few rows and a large weight in float32 on a CPU go to oneDNN: MKL reads the weight with one thread."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
+        pays = x.is_cpu and x.numel() <= 64 * self.in_features and self.weight.numel() >= 1 << 17  # it starts slower
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
-        few = x.device.type == 'cpu' and x.numel() <= 64 * self.in_features
-        if plain and few and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if pays and plain and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
 

@@ -93,19 +93,20 @@ def test_network_is_the_formula_written_out(bias):
     torch.testing.assert_close(net(x, x)[0], plain(net, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('wide', [64, 1024])
 @pytest.mark.parametrize('bias', [True, False])
-def test_a_few_rows_by_onednn_are_a_matmul(bias):
-    layer = Linear(48, 80, bias=bias)
-    for shape in [(48,), (1, 1, 48), (10, 1, 48), (64, 48), (3, 30, 48)]:  # the last one is more than a few
+def test_a_few_rows_of_a_large_layer_by_onednn_are_a_matmul(bias, wide):
+    layer = Linear(512, wide, bias=bias)
+    for shape in [(512,), (1, 1, 512), (10, 1, 512), (64, 512), (3, 30, 512)]:  # the last one is more than a few
         x = torch.randn(*shape)
         wanted = F.linear(x, layer.weight, layer.bias)
         with torch.profiler.profile() as seen, torch.no_grad():
-            torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
-        names = {event.name for event in seen.events()}
-        assert ('mkldnn::_linear_pointwise' in names) == (x.numel() <= 64 * 48 and torch.backends.mkldnn.is_available())
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+        pays = wide == 1024 and len(x.flatten()) <= 64 * 512 and torch.backends.mkldnn.is_available()
+        assert ('mkldnn::_linear_pointwise' in {event.name for event in seen.events()}) == pays
         assert layer(x).requires_grad, 'and in training it has its gradient'
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert layer(torch.randn(1, 48)).dtype == torch.bfloat16
+        assert layer(torch.randn(1, 512)).dtype == torch.bfloat16
 
 
 def test_dropout_falls_on_embeddings_attention_weights_and_both_branches():
