@@ -116,7 +116,8 @@ if ddp:
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
-torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
+# a CPU run repeats to the last bit; torch.use_deterministic_algorithms would do the same and import the compiler first
+torch.set_deterministic_debug_mode('error' if device_type == 'cpu' else 'default')
 torch.utils.deterministic.fill_uninitialized_memory = False
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
