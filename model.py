@@ -708,14 +708,17 @@ if triton:
     @triton.jit
     def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
                       SPAN: tl.constexpr, EARLY: tl.constexpr):
-        """Past.attend for one token, a program for each sequence and head; reads the filled part of the cache only."""
+        """
+        Past.attend for one token, a program for each sequence and head; reads the filled part of the cache only. Those
+        keys and values are of earlier steps, and a step begins with torch's kernels, which start late: no need to wait.
+        """
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
         keys = kv + (b * HEADS + h) * S * HS
         values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
         i = tl.arange(0, SPAN)
         there, place = (i < t)[:, None] & inside[None], i[:, None] * HS + d[None]
-        k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)  # of earlier steps: need not wait
+        k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)
         take_turn(EARLY)
         qkv += b * 3 * C + h * HS + d
         q = tl.load(qkv, inside, 0).to(tl.float32) * SCALE
