@@ -86,8 +86,8 @@ vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
 torch.set_float32_matmul_precision('high')
-dtype = getattr(torch, dtype)
-model.eval().to(device, dtype)
+number_format = getattr(torch, dtype)
+model.eval().to(device, number_format)
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,10 @@ ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')
 ids = ids[-model.config.block_size:].tolist()
-need = KVCache.nbytes(model.config, num_samples, min(model.config.block_size, len(ids) + max_new_tokens), dtype)
+total, block_size = len(ids) + max_new_tokens, model.config.block_size
+need = KVCache.nbytes(model.config, num_samples, min(block_size, total), number_format)
+at_once = block_size if total > block_size else len(ids)  # tokens a block reads together; it computes from each some
+need += 12 * model.config.n_embd * num_samples * at_once * number_format.itemsize  # twelve times what it is given
 free = free_memory(torch.device(device))
 if need > free:
     fail(f'num_samples={num_samples} need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')

@@ -7,7 +7,7 @@ Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weight
 
 On several nodes, the same command on each, with its own --node_rank and the address of the first:
 
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
+    torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
 """
 
 import contextlib
@@ -116,7 +116,7 @@ if ddp:
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
-# a CPU run repeats to the last bit; torch.use_deterministic_algorithms would do the same and import the compiler first
+# a CPU run repeats to the last bit (use_deterministic_algorithms also tells the compiler, and imports it for that)
 torch.set_deterministic_debug_mode('error' if device_type == 'cpu' else 'default')
 torch.utils.deterministic.fill_uninitialized_memory = False
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
@@ -200,7 +200,7 @@ for block in raw_model.transformer.h if compile else ():
     block.compile(dynamic=False)
 if ddp:
     # a compiled backward pass hands over all gradients at its end: exchanged in one piece they take the least time
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1 << 20 if compile else 25)
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1 << 20 if compile else None)
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
 

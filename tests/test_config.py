@@ -2,6 +2,7 @@
 
 import ast
 import glob
+import math
 import os
 import re
 import sys
@@ -69,6 +70,7 @@ def test_help_lists_every_knob(script, capsys, name):
     assert end.value.code == 0
     out, err = capsys.readouterr()
     listed = re.findall(r"^  --(\w+)=('[^']*'|\S+)", out, re.MULTILINE)
+    assert len(listed) == len(SCRIPTS[name])
     assert typed({key: ast.literal_eval(value) for key, value in listed}) == typed(SCRIPTS[name])
     assert f'    python {name}' in out and err == ''
 
@@ -194,6 +196,18 @@ def test_laptop_config_is_the_command_of_the_readme(knobs):
 def test_gpt2_config_is_half_a_million_tokens_a_step(knobs):
     config = knobs('train.py', 'config/train_gpt2.py')
     assert config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps'] == 491_520
+
+
+def test_micro_steps_of_every_torchrun_command_divide(knobs):
+    text = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('README.md', 'train.py'))
+    commands = re.findall(r'^ +(torchrun .*?train\.py[^#\n]*)', text, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        launch, _, arguments = command.partition('train.py')
+        processes = math.prod(map(int, re.findall(r'--(?:nproc_per_node|nnodes)=(\d+)', launch)))
+        config = knobs('train.py', *arguments.split())
+        assert config['gradient_accumulation_steps'] % processes == 0, command
+        assert config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps'] == 491_520
 
 
 @pytest.mark.parametrize('name', CONFIGS)

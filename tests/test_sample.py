@@ -183,6 +183,32 @@ def test_a_long_prompt_is_cut_from_the_left_and_that_is_said(sample, chars):
     assert 'the prompt has' not in sample(start='a' * 8).text
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_sample_ends_before_the_stop_text(sample, chars, count):
+    whole = sample(num_samples=count, max_new_tokens=40).samples
+    stop = whole[0][11:14]
+    done = sample(num_samples=count, max_new_tokens=40, stop=stop)
+    assert done.samples == [s[0] + s[1:].partition(stop)[0] for s in whole] != whole
+
+
+def test_stream_prints_what_comes_at_the_end_otherwise(sample, chars, monkeypatch):
+    pieces = []
+    monkeypatch.setattr('builtins.print', lambda *args, real=print, **more: (pieces.append(args), real(*args, **more)))
+    streamed, prints = sample(stream=True, max_new_tokens=30), len(pieces)
+    pieces.clear()
+    assert streamed.text == sample(max_new_tokens=30).text and prints >= len(pieces) + 30
+
+
+def test_what_cannot_fit_is_said_before_it_starts(sample, chars, monkeypatch):
+    for length, need in (7, 16 * 2 * 2 * 7 + 12 * 16), (20, 16 * 2 * 2 * 8 + 12 * 16 * 8):  # past block_size it reads 8
+        need = need * 4 * 3  # bytes, for three samples
+        monkeypatch.setattr('model.free_memory', lambda device, free=need: free)
+        assert sample(num_samples=3, max_new_tokens=length - 1).code == 0
+        monkeypatch.setattr('model.free_memory', lambda device, free=need - 1: free)
+        done = sample(num_samples=3, max_new_tokens=length - 1)
+        assert done.code == 2 and 'num_samples=3 need 0.0 GB of memory, 0.0 GB are free: take fewer' in done.err
+
+
 def test_all_problems_in_one_list(sample, chars):
     done = sample(num_samples=0, max_new_tokens=0, temperature=-1, top_k=-1, dtype='bf16', device='tpu',
                   start='FILE:nowhere')
@@ -268,6 +294,24 @@ def padded(out_dir, gpt2):
 def test_padded_ids_are_never_drawn(sample, padded, gpt2, knobs):
     done = sample(start='Hello', num_samples=4, max_new_tokens=24, **knobs)
     assert done.code == 0 and len(done.samples) == 4 and all(s.startswith('Hello') for s in done.samples)
+
+
+@pytest.mark.parametrize('stop', ['', '\u597d'])
+def test_a_character_of_several_tokens_is_streamed_whole(sample, out_dir, gpt2, stop):
+    """A model that goes on with the tokens of the text, of which each may be part of a character."""
+    text = '\u4f60\U0001f600\u597d!'
+    ids = gpt2.encode(text).tolist()
+    assert len(ids) > len(text) and len(set(ids)) == len(ids)
+    model = build(50304, n_embd=2 * len(ids) + 2, n_head=1, n_layer=1, block_size=16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.ln_f.weight.fill_(1.0)
+        for t, id in enumerate(ids):  # position t asks for token t, louder than token t - 1 there asks for itself
+            model.transformer.wpe.weight[t, t], model.lm_head.weight[id, t] = 3.0, 1.0
+    store(out_dir, model, gpt2)
+    done = sample(start='Hello', temperature=0, num_samples=1, max_new_tokens=len(ids), stop=stop)
+    assert done.samples == ['Hello' + (text.partition(stop)[0] if stop else text)]
 
 
 def test_end_of_text_in_the_prompt_is_the_special_token(sample, padded, gpt2):

@@ -452,10 +452,11 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
 
 # -- several processes ----------------------------------------------------------------------------------------------
 
-def test_one_process_and_two_do_the_same_updates(dataset, tmp_path):
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
+def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, compile):
     """4 micro-steps of one process, 2 of each of two: the same data, dropout, losses and gradients."""
     knobs = {**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 4, 'max_iters': 10, 'eval_interval': 10,
-             'eval_iters': 3, 'dropout': 0.1}
+             'eval_iters': 3, 'dropout': 0.1, 'compile': compile}
     for processes in (1, 2):
         done = torchrun(processes, 'train.py', *flags(**knobs, out_dir=tmp_path / str(processes)))
         assert done.returncode == 0, done.stderr
