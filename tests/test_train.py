@@ -452,13 +452,15 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
 
 # -- several processes ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
+@pytest.mark.slow  # the default tier has it without torchrun, in test_resume.py
+@pytest.mark.parametrize('compile', [False, True], ids=['eager', 'compiled'])
 def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, compile):
     """4 micro-steps of one process, 2 of each of two: the same data, dropout, losses and gradients."""
     knobs = {**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 4, 'max_iters': 10, 'eval_interval': 10,
              'eval_iters': 3, 'dropout': 0.1, 'compile': compile}
     for processes in (1, 2):
-        done = torchrun(processes, 'train.py', *flags(**knobs, out_dir=tmp_path / str(processes)))
+        arguments = 'train.py', *flags(**knobs, out_dir=tmp_path / str(processes))
+        done = torchrun(processes, *arguments) if processes > 1 else run(*arguments)
         assert done.returncode == 0, done.stderr
         assert f'device cpu, dtype float32, processes {processes}\n' in done.stdout
         assert done.stdout.count('iter 9: ') == done.stdout.count('saving checkpoint to') == 1  # rank 0 alone speaks
