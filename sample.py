@@ -99,8 +99,9 @@ if len(ids) > model.config.block_size:
 ids = ids[-model.config.block_size:].tolist()
 total, block_size = len(ids) + max_new_tokens, model.config.block_size
 need = KVCache.nbytes(model.config, num_samples, min(block_size, total), number_format)
-at_once = block_size if total > block_size else len(ids)  # tokens a block reads together; it computes from each some
-need += 12 * model.config.n_embd * num_samples * at_once * number_format.itemsize  # twelve times what it is given
+# and what a block computes, about twelve values for each that it is given: of the prompt, or past block_size a window
+window = block_size if total > block_size else len(ids)
+need += 12 * model.config.n_embd * num_samples * window * number_format.itemsize
 free = free_memory(torch.device(device))
 if need > free:
     fail(f'num_samples={num_samples} need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')

@@ -199,8 +199,10 @@ def test_gpt2_config_is_half_a_million_tokens_a_step(knobs):
 
 
 def test_micro_steps_of_every_torchrun_command_divide(knobs):
-    text = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('README.md', 'train.py'))
-    commands = re.findall(r'^ +(torchrun .*?train\.py[^#\n]*)', text, re.MULTILINE)
+    commands = []
+    for name in ('README.md', 'train.py'):
+        with open(os.path.join(ROOT, name), encoding='utf-8') as f:
+            commands += re.findall(r'^ +(torchrun .*?train\.py[^#\n]*)', f.read(), re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
         launch, _, arguments = command.partition('train.py')

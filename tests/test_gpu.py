@@ -20,7 +20,7 @@ def test_a_step_that_does_not_log_never_waits(script, dataset, tmp_path, knobs):
 
     try:
         names = script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'log_interval': 100,
-                                     'eval_interval': 100, 'dropout': 0.1, **knobs}), on_step=on_step)
+                                             'eval_interval': 100, 'dropout': 0.1, **knobs}), on_step=on_step)
         assert names['capture'] == (not knobs)
     finally:
         torch.cuda.set_sync_debug_mode('default')
