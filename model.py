@@ -452,20 +452,20 @@ class GPT(nn.Module):
         return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()})
 
 
-def captured(function, device: torch.device):
+def captured(function, device: torch.device, warm: int = 1):
     """
-    A function of tensors of fixed shapes, of which the first call runs as it is and later ones replay it as one CUDA
-    graph: arguments are copied into the graph's own, the result is the graph's own and changes with the next call.
+    A function of tensors of fixed shapes, which runs as it is for `warm` calls and is then replayed as one CUDA graph:
+    arguments are copied into the graph's own, the result is the graph's own and changes with the next call.
     The function must not wait for the device. On other devices it is returned as it is.
     """
     if device.type != 'cuda':
         return function
-    warm, graph, inputs, result = False, None, None, None
+    graph, inputs, result = None, None, None
 
     def call(*args):
         nonlocal warm, graph, inputs, result
-        if not warm:
-            warm = True
+        if warm:
+            warm -= 1
             return function(*args)
         if graph is None:
             graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
@@ -664,6 +664,11 @@ if triton:
             tl.store(logits + s + i, tl.where(wanted, grad, 0.0), s + i < V)
 
     @triton.jit
+    def load_rows(x, n, N, k, K):
+        """Channels k of rows n of x, (N, K); zeros outside."""
+        return tl.load(x + n[:, None] * K + k[None], (n < N)[:, None] & (k < K)[None], 0)
+
+    @triton.jit
     def load_row(x, gain, shift, k, K):
         """A row of K channels in float32, normalised where there is a gain."""
         v = tl.load(x + k, k < K, 0).to(tl.float32)
@@ -688,13 +693,12 @@ if triton:
         """linear() for one sequence and some rows of the weight; reading those takes the time, so it begins early."""
         b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
         step = tl.num_programs(0) * ROWS
-        w = tl.load(weight + n[:, None] * K + k[None], (n < N)[:, None] & (k < K)[None], 0)
+        w = load_rows(weight, n, N, k, K)
         take_turn(EARLY)
         v = load_row(x + b * K, gain, shift, k, K)
         for first in range(tl.program_id(0) * ROWS, N, step):
             n = first + tl.arange(0, ROWS)
-            after = n + step
-            coming = tl.load(weight + after[:, None] * K + k[None], (after < N)[:, None] & (k < K)[None], 0)
+            coming = load_rows(weight, n + step, N, k, K)
             given = 0.0 if bias is None else tl.load(bias + n, n < N, 0).to(tl.float32)
             rest = 0.0 if add is None else tl.load(add + b * N + n, n < N, 0).to(tl.float32)
             out = tl.sum(w.to(tl.float32) * v[None], 1) + given
@@ -717,8 +721,7 @@ if triton:
         keys = kv + (b * HEADS + h) * S * HS
         values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
         i = tl.arange(0, SPAN)
-        there, place = (i < t)[:, None] & inside[None], i[:, None] * HS + d[None]
-        k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)
+        k, v = load_rows(keys, i, t, d, HS), load_rows(values, i, t, d, HS)
         take_turn(EARLY)
         qkv += b * 3 * C + h * HS + d
         q = tl.load(qkv, inside, 0).to(tl.float32) * SCALE
@@ -731,9 +734,7 @@ if triton:
             new = tl.maximum(top, tl.max(score, 0))
             old, p, top = tl.exp(top - new), tl.exp(score - new), new
             acc, total = acc * old + tl.sum(p[:, None] * v.to(tl.float32), 0), total * old + tl.sum(p, 0)
-            after = s + SPAN + i
-            there, place = (after < t)[:, None] & inside[None], after[:, None] * HS + d[None]
-            k, v = tl.load(keys + place, there, 0), tl.load(values + place, there, 0)
+            k, v = load_rows(keys, s + SPAN + i, t, d, HS), load_rows(values, s + SPAN + i, t, d, HS)
         tl.store(y + b * C + h * HS + d, acc / total, inside)
 
     @triton.jit

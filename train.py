@@ -12,6 +12,7 @@ On several nodes, the same command on each, with its own --node_rank and the add
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import signal
@@ -195,7 +196,7 @@ if compile:
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # the order: compile raw_model, DDP around that; evaluation calls raw_model, where one compiled block serves for all
-model = torch.compile(raw_model, dynamic=False) if compile else raw_model
+model = alone = torch.compile(raw_model, dynamic=False) if compile else raw_model
 for block in raw_model.transformer.h if compile else ():
     block.compile(dynamic=False)
 if ddp:
@@ -279,7 +280,7 @@ micro_steps = gradient_accumulation_steps // world_size
 loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
 
 
-def forward_backward(x, y):
+def forward_backward(model, x, y):
     """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
     with autocast():
         _, loss = model(x, y, keep_logits=False)
@@ -297,13 +298,17 @@ def clip_and_step():
     return norm
 
 
+accumulate = functools.partial(forward_backward, alone)
+exchange = functools.partial(forward_backward, model)  # under DDP the last micro-step of an update
 # small kernels wait for their launch; replayed as one CUDA graph they hardly do, and large ones need no help
 work = raw_model.flops_per_token() * batch_size * block_size
-capture = device_type == 'cuda' and not ddp and not scaler.is_enabled() and work < 2e13
+capture = device_type == 'cuda' and not (ddp and micro_steps == 1) and not scaler.is_enabled() and work < 2e13
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    forward_backward, clip_and_step = (captured(f, torch.device(device)) for f in (forward_backward, clip_and_step))
+    # after two updates DDP, too, leaves the gradients where they are
+    accumulate = captured(accumulate, torch.device(device), warm=2 * micro_steps)
+    clip_and_step = captured(clip_and_step, torch.device(device), warm=2)
 
 # -- 7 the loop -----------------------------------------------------------------------------------------------------
 
@@ -372,9 +377,8 @@ while not finished:
         x, y = bins.train_batch(seed, iter_num, row, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
-        if ddp:  # gradients are exchanged in the last backward pass
-            model.require_backward_grad_sync = m == micro_steps - 1
-        forward_backward(to_device(x), to_device(y))
+        micro_step = exchange if ddp and m == micro_steps - 1 else accumulate
+        micro_step(to_device(x), to_device(y))
     norms.append(clip_and_step().clone())
     iter_num += 1
     on_step(iter_num, raw_model)
