@@ -190,9 +190,9 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
-        size = min(8192, 1 << (logits.size(1) - 1).bit_length())
-        loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), size,
-                             num_warps=max(1, size // 512))
+        lanes = min(2048, max(32, triton.next_power_of_2(logits.size(1)) // 8))
+        loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), lanes,
+                             num_warps=max(1, lanes // 64))
         n = (targets != -1).sum().view(1)
         ctx.save_for_backward(logits, x, weight, n)
         return losses.sum() / n[0]
@@ -469,8 +469,9 @@ def captured(function, device: torch.device, warm: int = 1):
             return function(*args)
         if graph is None:
             graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
+            stream = torch.cuda.current_stream(device)
             torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream if stream.cuda_stream else None):  # not on 0, the default one
                 result = function(*inputs)
         for mine, given in zip(inputs, args):
             mine.copy_(given, non_blocking=True)
@@ -641,27 +642,30 @@ if triton:
             tl.extra.cuda.gdc_wait()
 
     @triton.jit
-    def read(values, at, n):
+    def read(values, at, n, hint: tl.constexpr = None):
         """Values at some positions, -inf from n on."""
-        return tl.load(values + at, mask=at < n, other=-float('inf')).to(tl.float32)
+        return tl.load(values + at, mask=at < n, other=-float('inf'), eviction_policy=hint).to(tl.float32)
 
     @triton.jit
-    def loss_kernel(logits, targets, losses, stride, V, SIZE: tl.constexpr):
+    def loss_kernel(logits, targets, losses, stride, V, LANES: tl.constexpr):
         """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
-        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
         logits, target = logits + row * stride, tl.load(targets + row)
         hit, wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32), target != -1
-        top, total = tl.full((SIZE,), -1e30, tl.float32), tl.zeros((SIZE,), tl.float32)  # each lane's softmax so far
-        for s in range(0, V, SIZE):
-            x = read(logits, s + i, V)
-            new = tl.maximum(top, x)
-            total, top = total * tl.exp(top - new) + tl.exp(x - new), new
+        top, total = tl.full((LANES,), -1e30, tl.float32), tl.zeros((LANES,), tl.float32)  # each lane's softmax so far
+        for s in range(0, V, 8 * LANES):
+            x = read(logits, s + i, V, 'evict_last')  # it is read again
+            new = tl.maximum(top, tl.max(x, 1))
+            total, top = total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), 1), new
         most = tl.max(top, 0)
         whole = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
         tl.store(losses + row, tl.where(wanted, whole - hit, 0.0))
-        for s in range(0, V, SIZE):
-            grad = tl.exp(read(logits, s + i, V) - whole) - (s + i == target).to(tl.float32)
-            tl.store(logits + s + i, tl.where(wanted, grad, 0.0), s + i < V)
+        whole = tl.where(wanted, whole, float('inf'))
+        for s in range(0, V, 8 * LANES):
+            grad = tl.exp(read(logits, s + i, V, 'evict_first') - whole)
+            tl.store(logits + s + i, grad, s + i < V, eviction_policy='evict_first')
+        tl.debug_barrier()  # another thread may have stored this one
+        tl.store(logits + target, tl.exp(hit - whole) - 1, wanted)
 
     @triton.jit
     def load_rows(x, n, N, k, K):
