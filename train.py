@@ -12,7 +12,6 @@ On several nodes, the same command on each, with its own --node_rank and the add
 
 import contextlib
 import datetime
-import functools
 import math
 import os
 import signal
@@ -112,6 +111,7 @@ if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # DDP stays on this one; the default one cannot be captured
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
@@ -189,19 +189,20 @@ if resumed:  # moments and steps from the file, every hyperparameter from the kn
 if compile:
     try:
         torch.compile(lambda t: t + 1)(torch.zeros(1, device=device))
-        # one graph, not one for each bucket of DDP: dropout draws the same masks on any number of processes
-        torch._dynamo.config.optimize_ddp = False
+        # cut the graph for DDP: gradients are exchanged while the backward pass goes on. With dropout it stays whole,
+        # since masks depend on the cuts and must not depend on the number of processes
+        torch._dynamo.config.optimize_ddp = dropout == 0
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # the order: compile raw_model, DDP around that; evaluation calls raw_model, where one compiled block serves for all
-model = alone = torch.compile(raw_model, dynamic=False) if compile else raw_model
+model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 for block in raw_model.transformer.h if compile else ():
     block.compile(dynamic=False)
 if ddp:
-    # a compiled backward pass hands over all gradients at its end: exchanged in one piece they take the least time
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1 << 20 if compile else None)
+    # few large buckets: each cut of a compiled graph costs time
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250 if compile else None)
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
 
@@ -280,7 +281,7 @@ micro_steps = gradient_accumulation_steps // world_size
 loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
 
 
-def forward_backward(model, x, y):
+def forward_backward(x, y):
     """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
     with autocast():
         _, loss = model(x, y, keep_logits=False)
@@ -298,8 +299,7 @@ def clip_and_step():
     return norm
 
 
-accumulate = functools.partial(forward_backward, alone)
-exchange = functools.partial(forward_backward, model)  # under DDP the last micro-step of an update
+accumulate = forward_backward  # the micro-steps that exchange no gradients
 # small kernels wait for their launch; replayed as one CUDA graph they hardly do, and large ones need no help
 work = raw_model.flops_per_token() * batch_size * block_size
 capture = device_type == 'cuda' and not (ddp and micro_steps == 1) and not scaler.is_enabled() and work < 2e13
@@ -307,7 +307,7 @@ if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
     # after two updates DDP, too, leaves the gradients where they are
-    accumulate = captured(accumulate, torch.device(device), warm=2 * micro_steps)
+    accumulate = captured(forward_backward, torch.device(device), warm=2 * micro_steps)
     clip_and_step = captured(clip_and_step, torch.device(device), warm=2)
 
 # -- 7 the loop -----------------------------------------------------------------------------------------------------
@@ -377,8 +377,10 @@ while not finished:
         x, y = bins.train_batch(seed, iter_num, row, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
-        micro_step = exchange if ddp and m == micro_steps - 1 else accumulate
-        micro_step(to_device(x), to_device(y))
+        exchange = ddp and m == micro_steps - 1  # gradients are exchanged in the last backward pass
+        if ddp:
+            model.require_backward_grad_sync = exchange
+        (forward_backward if exchange else accumulate)(to_device(x), to_device(y))
     norms.append(clip_and_step().clone())
     iter_num += 1
     on_step(iter_num, raw_model)
