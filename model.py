@@ -651,7 +651,8 @@ if triton:
         """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
         logits, target = logits + row * stride, tl.load(targets + row)
-        hit, wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32), target != -1
+        known, wanted = (target >= 0) & (target < V), target != -1
+        hit = tl.load(logits + target, known, float('nan')).to(tl.float32)  # the loss of an unknown id is NaN
         top, total = tl.full((LANES,), -1e30, tl.float32), tl.zeros((LANES,), tl.float32)  # each lane's softmax so far
         for s in range(0, V, 8 * LANES):
             x = read(logits, s + i, V, 'evict_last')  # it is read again
@@ -665,7 +666,7 @@ if triton:
             grad = tl.exp(read(logits, s + i, V, 'evict_first') - whole)
             tl.store(logits + s + i, grad, s + i < V, eviction_policy='evict_first')
         tl.debug_barrier()  # another thread may have stored this one
-        tl.store(logits + target, tl.exp(hit - whole) - 1, wanted)
+        tl.store(logits + target, tl.exp(hit - whole) - 1, known)
 
     @triton.jit
     def load_rows(x, n, N, k, K):

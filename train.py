@@ -111,7 +111,7 @@ if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream())  # DDP stays on this one; the default one cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream())  # DDP keeps to its stream, and CUDA graphs need one of their own
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
@@ -189,8 +189,8 @@ if resumed:  # moments and steps from the file, every hyperparameter from the kn
 if compile:
     try:
         torch.compile(lambda t: t + 1)(torch.zeros(1, device=device))
-        # cut the graph for DDP: gradients are exchanged while the backward pass goes on. With dropout it stays whole,
-        # since masks depend on the cuts and must not depend on the number of processes
+        # cut the graph for DDP: a piece's gradients are exchanged while the backward pass of those before it goes on.
+        # With dropout it stays whole, since masks depend on the cuts and must not depend on the number of processes
         torch._dynamo.config.optimize_ddp = dropout == 0
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
@@ -201,7 +201,7 @@ model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 for block in raw_model.transformer.h if compile else ():
     block.compile(dynamic=False)
 if ddp:
-    # few large buckets: each cut of a compiled graph costs time
+    # the MB of gradients in a piece of a compiled graph: few large ones, since each cut costs time
     model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250 if compile else None)
 
 # -- 5 evaluate, save -----------------------------------------------------------------------------------------------
@@ -300,15 +300,18 @@ def clip_and_step():
 
 
 accumulate = forward_backward  # the micro-steps that exchange no gradients
-# small kernels wait for their launch; replayed as one CUDA graph they hardly do, and large ones need no help
+# small kernels wait for their launch; replayed as one CUDA graph they hardly do. Large ones need no help, float16's
+# scaler waits for the device, an exchange in a graph could hang unnoticed, and on AMD one beside a capture breaks it
 work = raw_model.flops_per_token() * batch_size * block_size
-capture = device_type == 'cuda' and not (ddp and micro_steps == 1) and not scaler.is_enabled() and work < 2e13
+capture = device_type == 'cuda' and work < 2e13 and not scaler.is_enabled() and not (
+    ddp and (micro_steps == 1 or torch.version.hip))  # pytorch #177309
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # after two updates DDP, too, leaves the gradients where they are
-    accumulate = captured(forward_backward, torch.device(device), warm=2 * micro_steps)
-    clip_and_step = captured(clip_and_step, torch.device(device), warm=2)
+    # a graph holds addresses: gradients have theirs after an update; DDP's buckets, ordered anew, after a second one
+    updates = 1 + ddp
+    accumulate = captured(forward_backward, torch.device(device), warm=updates * (micro_steps - ddp))
+    clip_and_step = captured(clip_and_step, torch.device(device), warm=updates)
 
 # -- 7 the loop -----------------------------------------------------------------------------------------------------
 
@@ -316,7 +319,8 @@ finished = bool(resumed) and iter_num >= max_iters and not eval_only
 if finished and first:
     print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
 header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
-          'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
+          'capture': capture, 'processes': world_size,
+          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
 writes = first and not (eval_only or finished)
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if writes else None, header, resumed_at=iter_num,
              wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)

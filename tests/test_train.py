@@ -460,12 +460,16 @@ def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, comp
     if device == 'cuda' and torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
     knobs = {**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 4, 'max_iters': 10, 'eval_interval': 10,
-             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device, 'compile': compile}
+             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device,
+             'compile': compile}
     for processes in (1, 2):
         arguments = 'train.py', *flags(**knobs, out_dir=tmp_path / str(processes))
-        done = torchrun(processes, *arguments) if processes > 1 else run(*arguments)
+        env = {**os.environ, 'TORCH_LOGS': 'ddp_graphs'}
+        done = torchrun(processes, *arguments, env=env) if processes > 1 else run(*arguments, env=env)
         assert done.returncode == 0, done.stderr
+        assert ('submod_1 graph' in done.stderr) == (compile and not dropout and processes == 2)
         assert re.search(rf'device {device}\S*, dtype float32, processes {processes}\n', done.stdout)
+        assert records(tmp_path / str(processes), 'run')[0]['capture'] == (device == 'cuda')
         assert done.stdout.count('iter 9: ') == done.stdout.count('saving checkpoint to') == 1  # rank 0 alone speaks
     for kind in ('train', 'eval'):
         one, two = (records(tmp_path / processes, kind) for processes in '12')
