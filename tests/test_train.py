@@ -460,9 +460,10 @@ def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, comp
     if device == 'cuda' and torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
     knobs = {**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 4, 'max_iters': 10, 'eval_interval': 10,
-             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device,
-             'compile': compile}
+             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device}
     for processes in (1, 2):
+        eager = device == 'cpu' and processes == 1 and not dropout  # as good there, and sooner
+        knobs['compile'] = compile and not eager
         arguments = 'train.py', *flags(**knobs, out_dir=tmp_path / str(processes))
         env = {**os.environ, 'TORCH_LOGS': 'ddp_graphs'}
         done = torchrun(processes, *arguments, env=env) if processes > 1 else run(*arguments, env=env)
