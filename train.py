@@ -111,14 +111,13 @@ if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream())  # DDP keeps to its stream, and CUDA graphs need one of their own
+        torch.cuda.set_stream(torch.cuda.Stream())  # DDP stays on it, and the default stream cannot be captured
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
-# a CPU run repeats to the last bit (use_deterministic_algorithms also tells the compiler, and imports it for that)
-torch.set_deterministic_debug_mode('error' if device_type == 'cpu' else 'default')
+torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
 torch.utils.deterministic.fill_uninitialized_memory = False
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size

@@ -52,7 +52,7 @@ def script(monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode('default')
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope='session')
