@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, FusedCrossEntropy, GPTConfig, KVCache, captured, lm_loss, triton_works
+from model import GPT, MLP, FusedCrossEntropy, GPTConfig, KVCache, captured, lm_loss, triton_works
 from tests.conftest import TINY, flags
 
 cuda = pytest.mark.gpu
@@ -102,6 +102,20 @@ def test_gradients_are_as_near_to_float32_as_autocast():
     print(f'relative error of the gradient: ours {error:.3e}, plain autocast {limit / 1.25:.3e}')
     assert error <= limit
     assert (gradient(fast, torch.float32) - exact).norm() <= 1e-5 * exact.norm()
+
+
+@cuda
+def test_compiled_gelu_is_the_fast_one():
+    """Which is exact also where 1 + erf has lost its digits."""
+    mlp = MLP(GPTConfig(n_embd=4, n_head=1, bias=False))
+    with torch.no_grad():
+        for layer in (mlp.c_fc, mlp.c_proj):
+            layer.weight.zero_()[0, 0] = 1
+    x = torch.zeros(1, 1000, 4, dtype=torch.bfloat16, device='cuda')
+    x[0, :, 0] = torch.linspace(-6, 6, 1000)
+    exact, mlp = F.gelu(x.double()), mlp.cuda().bfloat16()
+    torch.testing.assert_close(torch.compile(mlp, dynamic=False)(x).double(), exact, rtol=2 ** -8, atol=0)
+    assert ((mlp(x) - exact).abs() > 2 ** -8 * exact.abs()).any()
 
 
 @cuda

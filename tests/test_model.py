@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, PUBLISHED, GPTConfig, Linear, cosine_lr, peak_flops, resolve
+from model import GPT, PUBLISHED, FastGELU, GPTConfig, Linear, cosine_lr, peak_flops, resolve
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -107,6 +107,25 @@ def test_a_few_rows_of_a_large_layer_by_onednn_are_a_matmul(bias, wide):
         assert layer(x).requires_grad, 'and in training it has its gradient'
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert layer(torch.randn(1, 512)).dtype == torch.bfloat16
+
+
+def test_fast_gelu_is_the_exact_gelu():
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64, requires_grad=True)
+    wanted, ours = F.gelu(x), FastGELU.apply(single := x.detach().float().requires_grad_())
+    near = (x.abs() < 6) & (x != 0)
+    assert ((ours - wanted) / wanted)[near].abs().max() < 1e-5
+    assert (ours - wanted).abs().max() < 1e-6
+    slopes = [torch.autograd.grad(y.sum(), at)[0] for y, at in ((ours, single), (wanted, x))]
+    assert (slopes[0] - slopes[1]).abs().max() < 3e-6
+
+
+def test_fast_gelu_rounds_to_16_bits_as_well_as_torch():
+    """All finite bfloat16 values: those whose GELU is not the exact one rounded once."""
+    x = torch.arange(-1 << 15, 1 << 15).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    exact = F.gelu(x.double()).bfloat16()
+    assert (FastGELU.apply(x) != exact).sum() <= (F.gelu(x) != exact).sum()
+    torch.testing.assert_close(FastGELU.apply(x), exact)
 
 
 def test_dropout_falls_on_embeddings_attention_weights_and_both_branches():
