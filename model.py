@@ -111,15 +111,15 @@ class CausalSelfAttention(nn.Module):
 
 class FastGELU(torch.autograd.Function):
     """
-    The exact GELU x Phi(x) for what is then rounded to 16 bits: erf would take a GPU longer than the memory does. Up to
-    |x| = 6 the relative error of 1 - Phi(|x|) is 5e-6. For the compiler, which makes each pass one kernel of it;
-    F.gelu is its plain twin.
+    The exact GELU, x Phi(x), for 16 bits: computing erf takes a GPU longer than reading and writing x. The relative
+    error of 1 - Phi(|x|) stays below 1e-5 as far as |x| = 6, where 1 + erf has lost all digits. torch.compile makes one
+    kernel of each pass; F.gelu is its plain twin.
     """
 
     @staticmethod
     def upper_tail(z: torch.Tensor) -> torch.Tensor:
-        """1 - Phi(z), z >= 0: a power of two, whose exponent is nearly a parabola."""
-        power = -1.7937791e-6 * z + 6.0726135e-5  # of least relative error, fitted by reweighted least squares
+        """1 - Phi(z), z >= 0: a power of two, whose exponent is nearly a parabola; a minimax fit on [0, 6]."""
+        power = -1.7937791e-6 * z + 6.0726135e-5
         for coefficient in (-9.2318554e-4, 8.4768466e-3, -5.3890937e-2, -0.45854159, -1.1512144, -1.0):
             power = power * z + coefficient
         return power.exp2()
