@@ -53,25 +53,8 @@ class GPTConfig:
             raise ValueError(*problems)
 
 
-class ByCopy(torch.autograd.Function):
-    """A weight, whose value is read from a copy in 16 bits. The gradient is the weight's."""
-
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        return copy.detach()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.float(), None
-
-
 class Linear(nn.Linear):
     """nn.Linear. Few rows and a large weight in float32 on a CPU go to oneDNN: MKL reads the weight with one thread."""
-    copy = None  # of the weight, see GPT.copy_weights
-
-    def value(self) -> torch.Tensor:
-        """The weight, or its copy."""
-        return self.weight if self.copy is None else ByCopy.apply(self.weight, self.copy)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
@@ -79,7 +62,7 @@ class Linear(nn.Linear):
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
         if pays and plain and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-        return F.linear(x, self.value(), self.bias)
+        return super().forward(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -312,7 +295,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         if not keep_logits:
-            return None, lm_loss(x.flatten(0, 1).to(dtype), self.lm_head.value().to(dtype), targets.flatten())
+            return None, lm_loss(x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype), targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
@@ -382,19 +365,6 @@ class GPT(nn.Module):
             else:
                 read_prompt()
             yield out[t]
-
-    # -- training ---------------------------------------------------------------------------------------------------
-
-    def copy_weights(self, dtype: torch.dtype) -> None:
-        """
-        Make, or renew, copies of all matrices in a dtype of 16 bits, which are read in their place: what autocast would
-        cast in every micro-step is cast once an update. To be called whenever the weights have changed.
-        """
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                if layer.copy is None:
-                    layer.copy = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
-                layer.copy.copy_(layer.weight.detach())
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 

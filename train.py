@@ -278,9 +278,6 @@ def check_finite(*losses):
 
 micro_steps = gradient_accumulation_steps // world_size
 loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
-copies = dtype != 'float32' and micro_steps > 1  # cast the weights once an update, not in every micro-step
-if copies:
-    raw_model.copy_weights(getattr(torch, dtype))
 
 
 def forward_backward(x, y):
@@ -298,8 +295,6 @@ def clip_and_step():
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not capture)
-    if copies:
-        raw_model.copy_weights(getattr(torch, dtype))
     return norm
 
 

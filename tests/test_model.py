@@ -180,25 +180,6 @@ def test_gradients_are_the_same_without_logits():
     assert all(map(torch.equal, *grads)) and all(g.abs().sum() > 0 for g in grads[0])
 
 
-def test_copies_of_the_weights_are_what_autocast_casts():
-    """The same bits, also after an update; nothing of them in a checkpoint."""
-    x, ends = ids(4, 16), []
-    for copies in (False, True):
-        net = small(bias=True).train()
-        names = list(net.state_dict())
-        for _ in range(2):
-            if copies:
-                net.copy_weights(torch.bfloat16)
-            with torch.autocast('cpu', torch.bfloat16):
-                loss = net(x, x, keep_logits=False)[1]
-            grads = torch.autograd.grad(loss, list(net.parameters()))
-            with torch.no_grad():
-                torch._foreach_add_(list(net.parameters()), grads, alpha=-0.1)
-        ends.append((loss, *grads, *net.state_dict().values()))
-        assert list(net.state_dict()) == names
-    assert all(map(torch.equal, *ends))
-
-
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(ValueError, match='^a sequence of 17 tokens is longer than block_size=16$'):
         small()(ids(1, 17))

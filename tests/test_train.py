@@ -173,17 +173,6 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(train, out_dir, dataset)
     assert record['norm'] == pytest.approx(norm, rel=1e-4)
 
 
-def test_weights_are_cast_once_an_update_with_the_same_result(train, out_dir, monkeypatch):
-    ends, made = [], []
-    for copy_weights in (GPT.copy_weights, lambda net, dtype: made.append(dtype)):
-        monkeypatch.setattr('model.GPT.copy_weights', copy_weights)
-        train(dtype='bfloat16')
-        ends.append(([r['loss'] for r in records(out_dir, 'train')], ckpt.load(str(out_dir / 'ckpt.pt'))['model']))
-    assert ends[0][0] == ends[1][0] and len(ends[0][0]) == 8
-    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
-    assert made == 9 * [torch.bfloat16] and not train(gradient_accumulation_steps=1).names['copies']
-
-
 def test_the_log_says_what_ran(train, out_dir):
     done = train(max_iters=1, learning_rate=2e-3)
     [header] = records(out_dir, 'run')
