@@ -650,8 +650,8 @@ def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, 
     (N, K), B, wide = layer.weight.shape, len(x), triton.next_power_of_2(layer.in_features)
     if B <= 2:
         y, rows = x.new_empty(B, 1, N), max(1, 4096 // wide)
-        places = 32768 // (rows * wide) * torch.cuda.get_device_properties(x.device).multi_processor_count
-        programs = min(triton.cdiv(N, rows), places)  # timed on an H200
+        each = max(1, 32768 // (rows * wide))  # programs for a multiprocessor; timed on an H200
+        programs = min(triton.cdiv(N, rows), each * torch.cuda.get_device_properties(x.device).multi_processor_count)
         linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
                                    wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **early(x.device))
         return y

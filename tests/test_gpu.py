@@ -181,7 +181,7 @@ def test_bfloat16_kernels_are_as_near_to_float32_as_torch(batch):
 def test_a_token_by_the_kernels(batch, bias, gelu):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('highest')
-    config = GPTConfig(block_size=300, vocab_size=1000, n_layer=3, n_head=3, n_embd=72, bias=bias, gelu=gelu)
+    config = GPTConfig(block_size=300, vocab_size=50_000, n_layer=3, n_head=3, n_embd=72, bias=bias, gelu=gelu)
     model, idx = GPT(config).cuda().eval(), torch.randint(1000, (batch, 300), device='cuda')
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)
