@@ -53,12 +53,58 @@ class GPTConfig:
             raise ValueError(*problems)
 
 
+@torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a.T @ b in one CUDA matmul, total: (N, K) in float32, a: (M, N) and b: (M, K) in 16 bits."""
+    torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+
+
+class AddingLinear(torch.autograd.Function):
+    """x @ copy.T, (..., K) and (N, K) in 16 bits; the gradient of weight, (N, K) in float32, is added to total."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, copy: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, copy)
+        ctx.total = total  # not saved: others add to it, too
+        return x @ copy.t()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        x, copy = ctx.saved_tensors
+        add_product(ctx.total, grad.flatten(0, -2), x.flatten(0, -2))
+        return grad @ copy, None, None, None
+
+
+class AddingEmbedding(torch.autograd.Function):
+    """weight[idx], (N, K) and (B, T) -> (B, T, K); the gradient of weight is added to total, (N, K) in float32."""
+
+    @staticmethod
+    def forward(ctx, idx: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(idx)
+        ctx.total = total
+        return weight[idx]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None]:
+        ctx.total.index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, 1))
+        return None, None, None
+
+
 class Linear(nn.Linear):
-    """nn.Linear. Few rows and a large weight in float32 on a CPU go to oneDNN: MKL reads the weight with one thread."""
+    """nn.Linear, with two faster paths: compiled training steps, and few rows in float32 on a CPU."""
+    copy = None  # of the weight in 16 bits, see GPT.copy_weights()
+
+    def adds(self) -> bool:
+        """Whether the backward pass, here, adds the gradient of the weight to its .grad by itself."""
+        return self.copy is not None and torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        pays = x.is_cpu and x.numel() <= 64 * self.in_features and self.weight.numel() >= 1 << 17  # it starts slower
+        if self.adds():
+            y = AddingLinear.apply(x.to(self.copy.dtype), self.weight, self.copy, self.weight.grad)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        # oneDNN for few rows and a large weight, since MKL reads that with one thread; it takes longer to start
+        pays = x.is_cpu and x.numel() <= 64 * self.in_features and self.weight.numel() >= 1 << 17
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
         if pays and plain and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
@@ -215,30 +261,35 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
     Mean cross-entropy of logits x @ weight.T against targets, x: (N, C), weight: (V, C), targets: (N,) with -1 where no
     loss is wanted. One kernel turns the logits into their gradient, where they are, and nothing else of their size is
-    ever held. Needs Triton; F.cross_entropy is its plain twin.
+    ever held; the weight's gradient is added to `total`, if given. Needs Triton; F.cross_entropy is its plain twin.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                total: torch.Tensor | None) -> torch.Tensor:
         logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
         lanes = min(2048, max(32, triton.next_power_of_2(logits.size(1)) // 8))
         loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), lanes,
                              num_warps=max(1, lanes // 64))
         n = (targets != -1).sum().view(1)
         ctx.save_for_backward(logits, x, weight, n)
+        ctx.total = total
         return losses.sum() / n[0]
 
     @staticmethod
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         grad, x, weight, n = ctx.saved_tensors  # softmax less one-hot, n times the gradient
         scale = scale / n  # float32, of one dimension: the products below round once
-        return (grad @ weight).mul_(scale), grad.t() @ x.clone().mul_(scale), None
+        scaled = x.clone().mul_(scale)
+        of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
+        return (grad @ weight).mul_(scale), of_weight, None, None
 
 
-def lm_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def lm_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+            total: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy in nats of logits x @ weight.T, (N, C) and (V, C), against targets (N,), -1: none wanted."""
     if x.is_cuda and (torch.compiler.is_compiling() or triton_works(x.device)):  # where the first works, so does Triton
-        return FusedCrossEntropy.apply(x, weight, targets)
+        return FusedCrossEntropy.apply(x, weight, targets, total)
     return F.cross_entropy((x @ weight.t()).float(), targets, ignore_index=-1)
 
 
@@ -283,7 +334,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'a sequence of {T} tokens is longer than block_size={self.config.block_size}')
-        tok = self.transformer.wte(idx)  # (B, T, C)
+        wte, head = self.transformer.wte, self.lm_head
+        tok = AddingEmbedding.apply(idx, wte.weight, wte.weight.grad) if head.adds() else wte(idx)  # (B, T, C)
         pos = self.transformer.wpe(cache.read(T)) if cache else self.transformer.wpe.weight[:T]  # (T, C)
         x = self.transformer.drop(tok + pos)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -295,7 +347,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         if not keep_logits:
-            return None, lm_loss(x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype), targets.flatten())
+            weight, total = (head.copy, head.weight.grad) if head.adds() else (head.weight.to(dtype), None)
+            return None, lm_loss(x.flatten(0, 1).to(dtype), weight, targets.flatten(), total)
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
@@ -393,6 +446,21 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak if peak else -1.0
 
     # -- optimizer --------------------------------------------------------------------------------------------------
+
+    def copy_weights(self, dtype: torch.dtype) -> None:
+        """
+        Make copies of all matrices in a dtype of 16 bits, on CUDA, or renew them after an update. Compiled training
+        steps, under autocast to it, then read those, which are cast once an update, and add the gradients of matrices
+        to their .grad, which must be there, inside the matmul: left to autograd, a gradient is written in 16 bits, cast
+        to 32 and added, and so passes through memory three times.
+        """
+        if not torch.version.cuda or torch.__version__ < '2.11':
+            return
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                if layer.copy is None:
+                    layer.copy = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+                layer.copy.copy_(layer.weight.detach())
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str) -> torch.optim.AdamW:

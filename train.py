@@ -278,6 +278,12 @@ def check_finite(*losses):
 
 micro_steps = gradient_accumulation_steps // world_size
 loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
+copies = compile and device_type == 'cuda' and dtype != 'float32'  # of the weights, renewed after an update
+if copies:
+    raw_model.copy_weights(getattr(torch, dtype))
+if device_type == 'cuda':  # gradients stay where they are: captured steps and compiled ones add to them there
+    for p in raw_model.parameters():
+        p.grad = torch.zeros_like(p)
 
 
 def forward_backward(x, y):
@@ -294,7 +300,9 @@ def clip_and_step():
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not capture)
+    optimizer.zero_grad(set_to_none=device_type != 'cuda')
+    if copies:
+        raw_model.copy_weights(getattr(torch, dtype))
     return norm
 
 

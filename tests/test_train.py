@@ -454,13 +454,14 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
 
 @pytest.mark.slow  # the default tier has it without torchrun, in test_resume.py
 @pytest.mark.parametrize('compile, dropout', [(False, 0.1), (True, 0.1), (True, 0.0)])  # 0.0: the graph is cut for DDP
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
-def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, compile, dropout):
+@pytest.mark.parametrize('device, dtype', [('cpu', 'float32'), pytest.param('cuda', 'float32', marks=pytest.mark.gpu),
+                                           pytest.param('cuda', 'bfloat16', marks=pytest.mark.gpu)])
+def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, dtype, compile, dropout):
     """4 micro-steps of one process, 2 of each of two: the same data, dropout, losses and gradients."""
     if device == 'cuda' and torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
     knobs = {**TINY, 'dataset': dataset, 'gradient_accumulation_steps': 4, 'max_iters': 10, 'eval_interval': 10,
-             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device}
+             'eval_iters': 3, 'n_embd': 32 if dropout else 128, 'dropout': dropout, 'device': device, 'dtype': dtype}
     for processes in (1, 2):
         eager = device == 'cpu' and processes == 1 and not dropout  # as good there, and sooner
         knobs['compile'] = compile and not eager
@@ -469,19 +470,21 @@ def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, comp
         done = torchrun(processes, *arguments, env=env) if processes > 1 else run(*arguments, env=env)
         assert done.returncode == 0, done.stderr
         assert ('submod_1 graph' in done.stderr) == (compile and not dropout and processes == 2)
-        assert re.search(rf'device {device}\S*, dtype float32, processes {processes}\n', done.stdout)
+        assert re.search(rf'device {device}\S*, dtype {dtype}, processes {processes}\n', done.stdout)
         assert records(tmp_path / str(processes), 'run')[0]['capture'] == (device == 'cuda')
         assert done.stdout.count('iter 9: ') == done.stdout.count('saving checkpoint to') == 1  # rank 0 alone speaks
+    # a GPU computes in TF32 or bfloat16, and its kernels depend on where the graph is cut
+    near = 1e-2 if dtype == 'bfloat16' else 5e-4 if device == 'cuda' else 1e-5
     for kind in ('train', 'eval'):
         one, two = (records(tmp_path / processes, kind) for processes in '12')
         assert [r['iter'] for r in one] == [r['iter'] for r in two] == ([*range(10)] if kind == 'train' else [0, 10])
         for a, b in zip(one, two):
             a, b = ({k: v for k, v in r.items() if k not in ('kind', 'ms', 'mfu')} for r in (a, b))
-            assert a == pytest.approx(b, abs=1e-5 if device == 'cpu' else 1e-4)
+            assert a == pytest.approx(b, abs=near)
     one, two = (ckpt.load(str(tmp_path / processes / 'ckpt.pt'))['model'] for processes in '12')
     for name in one:  # AdamW makes a rounding of a tiny gradient a whole step, so on a GPU some weights are further off
         if device == 'cuda':
-            assert (one[name] - two[name]).norm() < 1e-3 * one[name].norm()
+            assert (one[name] - two[name]).norm() < 2 * near * one[name].norm()
         else:
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
