@@ -107,7 +107,8 @@ def transformers_gpt2():
 
 # -- a training step ------------------------------------------------------------------------------------------------
 
-KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'), 'matmul': ('nvjet', 'gemm', 'cutlass', '::mm', 'addmm'),
+KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'),
+         'matmul': ('nvjet', 'gemm', 'cutlass', 'splitk', '::mm', 'addmm'),
          'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
          'loss': ('softmax', 'cross_entropy', 'nll', 'loss_kernel'), 'GELU': ('gelu', 'exp2'),
          'LayerNorm': ('layer_norm',), 'embedding': ('embedding', 'index_put', 'scatter'),

@@ -180,6 +180,28 @@ def test_gradients_are_the_same_without_logits():
     assert all(map(torch.equal, *grads)) and all(g.abs().sum() > 0 for g in grads[0])
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monkeypatch, bias):
+    """What compiled steps do on CUDA, here without a compiler, with copies in float32 and another matmul."""
+    def add_product(total, a, b):
+        added.append(total.add_(a.t() @ b))
+
+    x, y, added = ids(3, 16), ids(3, 16, seed=1), []
+    net, twin = small(bias=bias), small(bias=bias)
+    monkeypatch.setattr(model_module, 'add_product', add_product)
+    for layer in net.modules():
+        if isinstance(layer, Linear):
+            layer.copy, layer.adds = layer.weight.detach().clone(), lambda: True
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    for n in (1, 2):
+        (n * net(x, y)[1]).backward()
+        (n * twin(x, y)[1]).backward()
+    assert len(added) == 2 * (4 * SMALL['n_layer'] + 1)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(ValueError, match='^a sequence of 17 tokens is longer than block_size=16$'):
         small()(ids(1, 17))
