@@ -380,6 +380,8 @@ class GPT(nn.Module):
         from torch's CPU generator. On CUDA a step is captured once and replayed.
         """
         (B, T), S, device = idx.shape, self.config.block_size, idx.device
+        if device.type == 'cpu':  # glibc keeps what is freed, up to twice the largest block that it has seen freed;
+            torch.empty(30 << 20, dtype=torch.uint8)  # otherwise read_window spends a fifth of its time on new pages
         if uniforms is None:
             uniforms = torch.rand(B, max_new_tokens)
         u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
