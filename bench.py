@@ -111,7 +111,7 @@ KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'),
          'matmul': ('nvjet', 'gemm', 'cutlass', 'splitk', '::mm', 'addmm'),
          'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
          'loss': ('softmax', 'cross_entropy', 'nll', 'loss_kernel'), 'GELU': ('gelu', 'exp2'),
-         'LayerNorm': ('layer_norm',), 'embedding': ('embedding', 'index_put', 'scatter'),
+         'LayerNorm': ('layer_norm',), 'embedding': ('embedding', 'index_put', 'index_add', 'scatter'),
          'copies': ('memcpy', 'memset', 'copy')}
 
 

@@ -53,30 +53,34 @@ class GPTConfig:
             raise ValueError(*problems)
 
 
-@torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))
+@torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a.T @ b in one CUDA matmul, total: (N, K) in float32, a: (M, N) and b: (M, K) in 16 bits."""
     torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
 
 
 class AddingLinear(torch.autograd.Function):
-    """x @ copy.T, (..., K) and (N, K) in 16 bits; the gradient of weight, (N, K) in float32, is added to total."""
+    """
+    x @ weight16.T, (..., K) and (N, K) in 16 bits; the gradient of weight, (N, K) in float32, is added to total, its
+    .grad. weight is an argument so that autograd still reaches it: it gets nothing to add, but DDP's hooks run.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, copy: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, copy)
-        ctx.total = total  # not saved: others add to it, too
-        return x @ copy.t()
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, weight16: torch.Tensor,
+                total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight16)
+        ctx.total = total  # save_for_backward would refuse what another layer has changed by then
+        return x @ weight16.t()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        x, copy = ctx.saved_tensors
+        x, weight16 = ctx.saved_tensors
         add_product(ctx.total, grad.flatten(0, -2), x.flatten(0, -2))
-        return grad @ copy, None, None, None
+        return grad @ weight16, None, None, None
 
 
 class AddingEmbedding(torch.autograd.Function):
-    """weight[idx], (N, K) and (B, T) -> (B, T, K); the gradient of weight is added to total, (N, K) in float32."""
+    """weight[idx], (N, K) and (B, T) -> (B, T, K); the gradient of weight is added to total, as in AddingLinear."""
 
     @staticmethod
     def forward(ctx, idx: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -92,16 +96,17 @@ class AddingEmbedding(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear, with two faster paths: compiled training steps, and few rows in float32 on a CPU."""
-    copy = None  # of the weight in 16 bits, see GPT.copy_weights()
+    weight16 = None  # a copy in 16 bits, see GPT.copy_weights(); no buffer, since no checkpoint should hold it
 
     def adds(self) -> bool:
-        """Whether the backward pass, here, adds the gradient of the weight to its .grad by itself."""
-        return self.copy is not None and torch.compiler.is_compiling() and torch.is_grad_enabled()
+        """Whether the backward pass adds the gradient of the weight to its .grad by itself."""
+        ready = self.weight16 is not None and self.weight.grad is not None
+        return ready and torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
         if self.adds():
-            y = AddingLinear.apply(x.to(self.copy.dtype), self.weight, self.copy, self.weight.grad)
+            y = AddingLinear.apply(x.to(self.weight16.dtype), self.weight, self.weight16, self.weight.grad)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         # oneDNN for few rows and a large weight, since MKL reads that with one thread; it takes longer to start
         pays = x.is_cpu and x.numel() <= 64 * self.in_features and self.weight.numel() >= 1 << 17
@@ -281,13 +286,20 @@ class FusedCrossEntropy(torch.autograd.Function):
         grad, x, weight, n = ctx.saved_tensors  # softmax less one-hot, n times the gradient
         scale = scale / n  # float32, of one dimension: the products below round once
         scaled = x.clone().mul_(scale)
-        of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
+        of_weight = None
+        if ctx.total is None:
+            of_weight = grad.t() @ scaled
+        else:
+            add_product(ctx.total, grad, scaled)
         return (grad @ weight).mul_(scale), of_weight, None, None
 
 
 def lm_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
             total: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy in nats of logits x @ weight.T, (N, C) and (V, C), against targets (N,), -1: none wanted."""
+    """
+    Mean cross-entropy in nats of logits x @ weight.T, (N, C) and (V, C), against targets (N,), -1: none wanted. With
+    total, in compiled steps on CUDA, the gradient of weight is added to that instead of returned.
+    """
     if x.is_cuda and (torch.compiler.is_compiling() or triton_works(x.device)):  # where the first works, so does Triton
         return FusedCrossEntropy.apply(x, weight, targets, total)
     return F.cross_entropy((x @ weight.t()).float(), targets, ignore_index=-1)
@@ -347,7 +359,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         if not keep_logits:
-            weight, total = (head.copy, head.weight.grad) if head.adds() else (head.weight.to(dtype), None)
+            weight, total = (head.weight16, head.weight.grad) if head.adds() else (head.weight.to(dtype), None)
             return None, lm_loss(x.flatten(0, 1).to(dtype), weight, targets.flatten(), total)
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -380,8 +392,10 @@ class GPT(nn.Module):
         from torch's CPU generator. On CUDA a step is captured once and replayed.
         """
         (B, T), S, device = idx.shape, self.config.block_size, idx.device
-        if device.type == 'cpu':  # glibc keeps what is freed, up to twice the largest block that it has seen freed;
-            torch.empty(30 << 20, dtype=torch.uint8)  # otherwise read_window spends a fifth of its time on new pages
+        # glibc keeps freed memory, up to twice the largest block of at most 32 MB that it has seen freed. What it gives
+        # back to the system comes again page by page, a fifth of read_window's time for ten windows of 64 x 128
+        if device.type == 'cpu':
+            torch.empty(30 << 20, dtype=torch.uint8)
         if uniforms is None:
             uniforms = torch.rand(B, max_new_tokens)
         u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
@@ -449,20 +463,22 @@ class GPT(nn.Module):
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 
-    def copy_weights(self, dtype: torch.dtype) -> None:
+    def copy_weights(self, dtype: torch.dtype) -> bool:
         """
-        Make copies of all matrices in a dtype of 16 bits, on CUDA, or renew them after an update. Compiled training
-        steps, under autocast to it, then read those, which are cast once an update, and add the gradients of matrices
-        to their .grad, which must be there, inside the matmul: left to autograd, a gradient is written in 16 bits, cast
-        to 32 and added, and so passes through memory three times.
+        Give every Linear a copy of its weight in 16 bits, or renew the copies after an update. A compiled training step
+        under autocast reads them instead of casting the weights, and adds the gradient of a weight to its .grad, where
+        it has one, inside the matmul: autograd would write it in 16 bits, cast it to 32 and add it, which takes three
+        times the traffic. Returns False, and does nothing, without CUDA or before torch 2.11, whose compiler does not
+        let a backward pass change what two pieces of a graph share.
         """
-        if not torch.version.cuda or torch.__version__ < '2.11':
-            return
+        if not (self.lm_head.weight.is_cuda and torch.version.cuda and torch.__version__ >= '2.11'):
+            return False
         for layer in self.modules():
             if isinstance(layer, Linear):
-                if layer.copy is None:
-                    layer.copy = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
-                layer.copy.copy_(layer.weight.detach())
+                if layer.weight16 is None:
+                    layer.weight16 = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+                layer.weight16.copy_(layer.weight.detach())
+        return True
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str) -> torch.optim.AdamW:

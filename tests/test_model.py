@@ -191,7 +191,7 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     monkeypatch.setattr(model_module, 'add_product', add_product)
     for layer in net.modules():
         if isinstance(layer, Linear):
-            layer.copy, layer.adds = layer.weight.detach().clone(), lambda: True
+            layer.weight16, layer.adds = layer.weight.detach().clone(), lambda: True
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     for n in (1, 2):
