@@ -468,8 +468,8 @@ class GPT(nn.Module):
         Give every Linear a copy of its weight in 16 bits, or renew the copies after an update. A compiled training step
         under autocast reads them instead of casting the weights, and adds the gradient of a weight to its .grad, where
         it has one, inside the matmul: autograd would write it in 16 bits, cast it to 32 and add it, which takes three
-        times the traffic. Returns False, and does nothing, without CUDA or before torch 2.11, whose compiler does not
-        let a backward pass change what two pieces of a graph share.
+        times the traffic. Returns False, and does nothing, without CUDA or with torch 2.10, whose compiler does not let
+        a backward pass change what two pieces of a graph share.
         """
         if not (self.lm_head.weight.is_cuda and torch.version.cuda and torch.__version__ >= '2.11'):
             return False

@@ -292,7 +292,7 @@ def forward_backward(x, y):
 
 
 def clip_and_step():
-    """Clip the gradients, update the parameters and their copies, clear the gradients; returns the norm unclipped."""
+    """Clip gradients, update parameters and their copies, clear gradients; returns the norm before clipping."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
