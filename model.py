@@ -94,6 +94,18 @@ class AddingEmbedding(torch.autograd.Function):
         return None, None, None
 
 
+class Reached(torch.autograd.Function):
+    """x as it is; autograd reaches weight, which gets nothing to add, as in AddingLinear."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
 class Linear(nn.Linear):
     """nn.Linear, with two faster paths: compiled training steps, and few rows in float32 on a CPU."""
     weight16 = None  # a copy in 16 bits, see GPT.copy_weights(); no buffer, since no checkpoint should hold it
@@ -114,6 +126,13 @@ class Linear(nn.Linear):
         if pays and plain and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
+
+
+def normed(x: torch.Tensor, norm: nn.LayerNorm, layer: Linear) -> torch.Tensor:
+    """norm(x) for layer; without the weight of norm where layer reads a copy that contains it, see GPT.folded()."""
+    if norm.bias is None and layer.adds():
+        return Reached.apply(F.layer_norm(x, x.shape[-1:]), norm.weight)
+    return norm(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -201,10 +220,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, past: 'Past | None' = None, last: bool = False) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last position is wanted."""
-        x = x + self.attn(self.ln_1(x), past)
+        x = x + self.attn(normed(x, self.ln_1, self.attn.c_attn), past)
         if last:
             x = x[:, -1:]
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(normed(x, self.ln_2, self.mlp.c_fc))
 
 
 class Past:
@@ -463,6 +482,7 @@ class GPT(nn.Module):
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def copy_weights(self, dtype: torch.dtype) -> bool:
         """
         Give every Linear a copy of its weight in 16 bits, or renew the copies after an update. A compiled training step
@@ -473,12 +493,28 @@ class GPT(nn.Module):
         """
         if not (self.lm_head.weight.is_cuda and torch.version.cuda and torch.__version__ >= '2.11'):
             return False
+        gains = {layer: norm.weight for norm, layer in self.folded()}
         for layer in self.modules():
             if isinstance(layer, Linear):
                 if layer.weight16 is None:
-                    layer.weight16 = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
-                layer.weight16.copy_(layer.weight.detach())
+                    layer.weight16 = torch.empty_like(layer.weight, dtype=dtype)
+                torch.mul(layer.weight, gains.get(layer, 1), out=layer.weight16)
         return True
+
+    def folded(self) -> list[tuple[nn.LayerNorm, Linear]]:
+        """
+        LayerNorms without a bias, each with the Linear behind it, whose copy is weight * norm.weight. Compiled training
+        steps then leave norm.weight out, and with it the sum of its gradient over all tokens.
+        """
+        pairs = [pair for h in self.transformer.h for pair in ((h.ln_1, h.attn.c_attn), (h.ln_2, h.mlp.c_fc))]
+        return [(norm, layer) for norm, layer in pairs if norm.bias is None]
+
+    @torch.no_grad()
+    def unfold_gradients(self) -> None:
+        """Make of the gradient of each product weight * norm.weight, which is in weight.grad, those of its factors."""
+        for norm, layer in self.folded():
+            torch.sum(layer.weight * layer.weight.grad, 0, out=norm.weight.grad)
+            layer.weight.grad.mul_(norm.weight)
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str) -> torch.optim.AdamW:

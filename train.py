@@ -293,6 +293,8 @@ def forward_backward(x, y):
 
 def clip_and_step():
     """Clip gradients, update parameters and their copies, clear gradients; returns the norm before clipping."""
+    if copies:
+        raw_model.unfold_gradients()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)

@@ -192,12 +192,16 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     for layer in net.modules():
         if isinstance(layer, Linear):
             layer.weight16, layer.adds = layer.weight.detach().clone(), lambda: True
+    for norm, layer in net.folded():
+        layer.weight16 *= norm.weight.detach()
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     for n in (1, 2):
         (n * net(x, y)[1]).backward()
         (n * twin(x, y)[1]).backward()
     assert len(added) == 2 * (4 * SMALL['n_layer'] + 1)
+    assert len(net.folded()) == (0 if bias else 2 * SMALL['n_layer'])
+    net.unfold_gradients()
     for p, q in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
 
