@@ -75,6 +75,25 @@ def test_nor_does_it_with_trained_weights(trained, length, how, device):
     assert_the_same_tokens(trained, 3, length, how, device)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a torch with oneDNN')
+def test_nor_do_packed_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=4, n_embd=256)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    layers = [model.transformer.h[0].attn.c_attn, model.transformer.h[0].attn.c_proj, model.transformer.h[1].mlp.c_fc]
+    tokens = model.stream(torch.zeros(3, 1, dtype=torch.long), 32)
+    next(tokens)
+    assert [layer.packed is not None for layer in layers] == [True, False, True]  # the second is small
+    tokens.close()
+    assert not any(layer.packed is not None for layer in layers), 'and later changes of the weights count'
+    assert_the_same_tokens(model, 3, BLOCK - 1, TOP_K, 'cpu')
+    for rows, new in ((1, 32), (3, 31)):  # where it does not pay
+        tokens = model.stream(torch.zeros(rows, 1, dtype=torch.long), new)
+        next(tokens)
+        assert not any(layer.packed is not None for layer in layers)
+
+
 @torch.no_grad()
 def assert_the_same_tokens(gpt, batch, length, how, device):
     g = torch.Generator().manual_seed(length)
