@@ -773,11 +773,18 @@ def triton_works(device: torch.device) -> bool:
     return True
 
 
+@functools.cache
+def properties(device: torch.device):
+    """Of a CUDA device; asking torch again takes as long as a launch."""
+    return torch.cuda.get_device_properties(device)
+
+
 def early(device: torch.device) -> dict:
     """Launch options: from Hopper on a kernel may start while the one before it ends, and then waits for its result."""
-    hopper = torch.version.cuda and torch.cuda.get_device_capability(device)[0] >= 9
     # torch.compile cannot tell what a kernel that waits writes to
-    return {'EARLY': True, 'launch_pdl': True} if hopper and not torch.compiler.is_compiling() else {'EARLY': False}
+    if torch.compiler.is_compiling() or not torch.version.cuda or properties(device).major < 9:
+        return {'EARLY': False}
+    return {'EARLY': True, 'launch_pdl': True}
 
 
 def sample_fused(logits: torch.Tensor, u: torch.Tensor, temperature: float, k: int) -> torch.Tensor:
@@ -802,7 +809,7 @@ def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, 
     if B <= 2:
         y, rows = x.new_empty(B, 1, N), max(1, 4096 // wide)
         each = max(1, 32768 // (rows * wide))  # programs for a multiprocessor; timed on an H200
-        programs = min(triton.cdiv(N, rows), each * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        programs = min(triton.cdiv(N, rows), each * properties(x.device).multi_processor_count)
         linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
                                    wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **early(x.device))
         return y
