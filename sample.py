@@ -7,6 +7,10 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
     python sample.py --start=FILE:prompt.txt
 """
 
+import gc
+
+gc.disable()  # as long as modules are imported: collecting takes a fifth of that time
+
 import codecs
 import math
 import os
@@ -18,6 +22,8 @@ from data import checkpoint as ckpt
 from data import codec
 from data.bins import draw
 from model import GPT, KVCache, free_memory, resolve
+
+gc.enable()
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
 
