@@ -107,7 +107,7 @@ def transformers_gpt2():
 
 # -- a training step ------------------------------------------------------------------------------------------------
 
-KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention'),
+KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention', 'cudnn::fusion'),
          'matmul': ('nvjet', 'gemm', 'cutlass', 'splitk', '::mm', 'addmm'),
          'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
          'loss': ('softmax', 'cross_entropy', 'nll', 'loss_kernel'), 'GELU': ('gelu', 'exp2'),

@@ -23,6 +23,7 @@ from data import codec
 from data.bins import draw
 from model import GPT, KVCache, free_memory, resolve
 
+gc.freeze()  # nor look at them later
 gc.enable()
 
 # -- knobs ----------------------------------------------------------------------------------------------------------
