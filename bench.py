@@ -44,9 +44,10 @@ steps = 20  # timed
 prompt_tokens = 16  # mode=sample
 max_new_tokens = 256  # mode=sample
 top_k = 200  # mode=sample
+vocab_size = 50304  # mode=sample: 65 is that of the Shakespeare configs; 50304 draws among GPT-2's 50257
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens',
+positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens', 'vocab_size',
             'gradient_accumulation_steps')
 problems = [f'{name}={config[name]} must be at least 1' for name in positive if config[name] < 1]
 if mode not in ('train', 'sample'):
@@ -97,12 +98,12 @@ def measure_ceilings() -> float:
     return peak
 
 
-def transformers_gpt2():
+def transformers_gpt2(vocab_size: int):
     """transformers' GPT-2 of the same shape with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
-        n_positions=block_size, vocab_size=50304, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout, loss_type='ForCausalLM')).to(where)
+        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, loss_type='ForCausalLM')).to(where)
 
 
 # -- a training step ------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def show_profile(profiler) -> None:
 
 def time_plain_train() -> float:
     """Seconds per update of transformers' GPT-2 in a plain loop: autocast, fused AdamW, clipping; compiled as ours."""
-    model = transformers_gpt2()
+    model = transformers_gpt2(50304)
     forward = torch.compile(model) if compile else model
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(50257, (batch_size, block_size), device=where)
@@ -210,17 +211,18 @@ def time_plain_train() -> float:
 
 def time_sample() -> None:
     """Print tokens per second of GPT.generate, and of what else does the same."""
-    model = GPT(GPTConfig(**gpt2)).eval().to(where, number_format)
-    prompt = torch.randint(50257, (batch_size, prompt_tokens), device=where)
+    model = GPT(GPTConfig(**gpt2, vocab_size=vocab_size)).eval().to(where, number_format)
+    known = min(vocab_size, 50257)
+    prompt = torch.randint(known, (batch_size, prompt_tokens), device=where)
     made = batch_size * max_new_tokens
 
     def report(what, dt, tokens=made, than=None):
-        print(f'{what}: {tokens / dt:,.0f} tok/s, {dt * batch_size / tokens * 1e3:.3f} ms a step'
+        print(f'{what}: {tokens / dt:,.0f} tok/s, {dt * batch_size / tokens * 1e3:.3f} ms a step, {dt:.2f} s'
               + (f'; {dt / tokens * made / than:.1f} times as long as ours' if than else ''))
         return dt
 
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
-        lambda: model.generate(prompt, max_new_tokens, 1.0, top_k, vocab_size=50257, compiled=compile), 3))
+        lambda: model.generate(prompt, max_new_tokens, 1.0, top_k, vocab_size=known, compiled=compile), 3))
     if not compare:
         return
 
@@ -228,14 +230,14 @@ def time_sample() -> None:
 
     @torch.inference_mode()
     def no_cache():  # not the whole length, but the same mean context
-        idx = torch.randint(50257, (batch_size, prompt_tokens + (max_new_tokens - few) // 2), device=where)
+        idx = torch.randint(known, (batch_size, prompt_tokens + (max_new_tokens - few) // 2), device=where)
         for _ in range(few):
             logits = model(idx[:, -block_size:])[0][:, -1]
             ids = sample_ids(logits.float(), torch.rand(batch_size, device=where), 1.0, top_k, 1.0)
             idx = torch.cat((idx, ids[:, None]), dim=1)
 
     report('a loop without a cache', seconds(no_cache, 1), batch_size * few, ours)
-    hf = transformers_gpt2().eval().to(number_format)
+    hf = transformers_gpt2(vocab_size).eval().to(number_format)
     cache = {'cache_implementation': 'static'} if cuda else {}
     report(f'transformers, {"compiled static" if cuda else "its"} cache', seconds(lambda: hf.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=top_k, max_new_tokens=max_new_tokens,

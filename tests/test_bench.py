@@ -48,9 +48,10 @@ def test_it_times_as_many_tokens_as_the_knobs_say(bench):
     assert int(rate.replace(',', '')) == pytest.approx(96 / (float(ms) / 1000), rel=0.01)
 
 
-def test_generation(bench):
-    out = bench(mode='sample', max_new_tokens=5, prompt_tokens=3, top_k=5, compare=True)
-    assert re.search(r'^generate, 2 x 5 tokens: [\d,]+ tok/s, ', out, re.M)
+@pytest.mark.parametrize('vocab_size', [7, 50304])
+def test_generation(bench, vocab_size):
+    out = bench(mode='sample', vocab_size=vocab_size, max_new_tokens=5, prompt_tokens=3, top_k=5, compare=True)
+    assert re.search(r'^generate, 2 x 5 tokens: [\d,]+ tok/s, \d+\.\d+ ms a step, \d+\.\d\d s$', out, re.M)
     assert re.search(r'^a loop without a cache: [\d,]+ tok/s, .* times as long as ours$', out, re.M)
     assert re.search(r'^transformers, its cache: [\d,]+ tok/s, .* times as long as ours$', out, re.M)
 
