@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, PUBLISHED, FastGELU, GPTConfig, Linear, cosine_lr, peak_flops, resolve
+from model import GPT, PUBLISHED, Dropout, FastGELU, GPTConfig, Linear, cosine_lr, peak_flops, resolve
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -63,7 +63,7 @@ def test_logits_are_those_of_transformers(tmp_path, activation, gelu):
 def plain(net: GPT, x: torch.Tensor, p: float = 0.0) -> torch.Tensor:
     """The same network written out: dropout p on the embedding sum, the attention weights and both branches."""
     w, c = dict(net.named_parameters()), net.config
-    B, T = x.shape
+    (B, T), dropout = x.shape, Dropout(p)
 
     def linear(x, name):
         return F.linear(x, w[f'{name}.weight'], w.get(f'{name}.bias'))
@@ -72,18 +72,18 @@ def plain(net: GPT, x: torch.Tensor, p: float = 0.0) -> torch.Tensor:
         x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
         return x * w[f'{name}.weight'] + w.get(f'{name}.bias', 0.0)
 
-    h = F.dropout(w['transformer.wte.weight'][x] + w['transformer.wpe.weight'][:T], p)
+    h = dropout(w['transformer.wte.weight'][x] + w['transformer.wpe.weight'][:T])
     for i in range(c.n_layer):
         at = f'transformer.h.{i}.'
         qkv = linear(norm(h, at + 'ln_1'), at + 'attn.c_attn').split(c.n_embd, dim=2)
         q, k, v = (t.view(B, T, c.n_head, -1).transpose(1, 2) for t in qkv)
         scores = q @ k.transpose(2, 3) / math.sqrt(c.n_embd / c.n_head)
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-        y = (F.dropout(scores.softmax(-1), p) @ v).transpose(1, 2).reshape(B, T, -1)
-        h = h + F.dropout(linear(y, at + 'attn.c_proj'), p)
+        y = (dropout(scores.softmax(-1)) @ v).transpose(1, 2).reshape(B, T, -1)
+        h = h + dropout(linear(y, at + 'attn.c_proj'))
         z = linear(norm(h, at + 'ln_2'), at + 'mlp.c_fc')
         z = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-        h = h + F.dropout(linear(z, at + 'mlp.c_proj'), p)
+        h = h + dropout(linear(z, at + 'mlp.c_proj'))
     return norm(h, 'transformer.ln_f') @ w['transformer.wte.weight'].T
 
 
@@ -136,6 +136,49 @@ def test_dropout_falls_on_embeddings_attention_weights_and_both_branches():
     torch.testing.assert_close(logits, plain(net, x, 0.25), rtol=1e-4, atol=1e-4)
     net.eval()
     torch.testing.assert_close(net(x, x)[0], plain(net, x), rtol=1e-5, atol=1e-5)
+
+
+def gradient(net: GPT, x: torch.Tensor, autocast: bool, written_out: bool) -> torch.Tensor:
+    torch.manual_seed(5)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        if written_out:
+            loss = F.cross_entropy(plain(net, x, net.config.dropout).flatten(0, 1).float(), x.flatten())
+        else:
+            loss = net(x, x, keep_logits=False)[1]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+def test_gradients_with_dropout_in_bfloat16_are_as_near_to_float32_as_autocast():
+    errors = []
+    for seed in range(4):
+        net, x = small(seed, dropout=0.25).train(), ids(3, 16, seed=seed)
+        exact = gradient(net, x, False, False)
+        torch.testing.assert_close(gradient(net, x, False, True), exact, rtol=1e-4, atol=1e-5)
+        errors.append([(gradient(net, x, True, how) - exact).norm() / exact.norm() for how in (False, True)])
+    ours, autocast = torch.tensor(errors).mean(0)
+    assert 0 < ours < 1.25 * autocast < 0.1
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('p', [0.2, 0.9, 1e-9, 1 - 1e-9])
+def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
+    x, module = torch.ones(301, 1003, dtype=dtype, requires_grad=True), Dropout(p)
+    torch.manual_seed(3)
+    y, another = module(x), module(x)
+    kept = (y != 0).double()
+    share = min(p, 65535 / 65536)  # one of 65,536 values is always kept
+    assert abs(kept.mean() - (1 - share)) < 5 * math.sqrt(share * (1 - share) / x.numel()) + 1 / 65536
+    if 0.1 < p < 0.99:
+        assert set(y.unique().tolist()) == {0.0, y.max().item()}
+        assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4 if dtype == torch.float32 else 1e-2)
+        for other in ((another != 0).double().flatten(), *(kept.flatten().roll(lag) for lag in (1, 2, 3, 4, 1003))):
+            correlation = torch.corrcoef(torch.stack((kept.flatten(), other)))[0, 1]
+            assert abs(correlation) < 5 / math.sqrt(x.numel()), 'elements are dropped independently'
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()), 'and the gradient by the same mask'
+    torch.manual_seed(3)
+    assert torch.equal(module(x) != 0, kept.bool())
+    assert module.eval()(x) is x or torch.equal(module.eval()(x), x)
 
 
 def test_a_later_token_changes_nothing_before_it():
@@ -438,7 +481,7 @@ def test_from_checkpoint():
     assert torch.equal(loaded.eval()(x, x)[0], net(x, x)[0])
     tanh = GPT.from_checkpoint({'model_args': args, 'model': net.state_dict(), 'gelu': 'tanh'}, dropout=0.3)
     assert tanh.config == GPTConfig(**{**args, 'dropout': 0.3}, gelu='tanh')
-    assert tanh.transformer.h[0].attn.dropout == 0.3
+    assert tanh.transformer.h[0].attn.attn_dropout.p == 0.3
 
 
 @pytest.mark.parametrize('change', [dict(gelu='exact'), dict(bias=None)])
