@@ -173,13 +173,13 @@ class CausalSelfAttention(nn.Module):
         """softmax(q k.T / sqrt(hs)) v of each head: (B, T, 3, nh, hs) -> (B, T, nh, hs)."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         with torch.autocast(q.device.type, enabled=False):
-            if self.training and q.is_cpu and self.attn_dropout.p > 0:  # written out, since torch has no fast kernel
+            p, slow = self.attn_dropout.p, q.dtype == torch.bfloat16 and q.size(2) <= 512
+            if self.training and q.is_cpu and (p > 0 or slow):  # written out, where that is faster
                 later = torch.full((q.size(2),) * 2, -math.inf, dtype=q.dtype).triu(1)
                 weights = (q * q.size(3) ** -0.5 @ k.transpose(2, 3) + later).softmax(-1)
-                return (self.attn_dropout(weights) @ v).transpose(1, 2)
-            if self.training and q.is_cpu and q.size(2) < 512:  # backwards, bfloat16 is far slower here
-                q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.attn_dropout.p * self.training)
+                y = self.attn_dropout(weights) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p * self.training)
         return y.transpose(1, 2)
 
 
