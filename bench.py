@@ -103,7 +103,8 @@ def transformers_gpt2(vocab_size: int):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, loss_type='ForCausalLM')).to(where)
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, loss_type='ForCausalLM', bos_token_id=None,
+        eos_token_id=None)).to(where)
 
 
 # -- a training step ------------------------------------------------------------------------------------------------
@@ -116,8 +117,8 @@ KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention', 'cudnn::fusion'),
          'copies': ('memcpy', 'memset', 'copy')}
 
 
-def time_train() -> float:
-    """Seconds per update of train.py, run with our knobs and watched through on_step."""
+def time_train() -> tuple[float, int]:
+    """Seconds per update of train.py, run with our knobs and watched through on_step, and its model's vocab_size."""
     class Enough(Exception):
         """Raised out of train.py's loop when the last timed step is done."""
 
@@ -160,7 +161,7 @@ def time_train() -> float:
     print(f'{tokens / dt:,.0f} tok/s, {share:.1%} of the measured matmul peak{memory}')
     mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt)
     print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
-    return dt
+    return dt, model.config.vocab_size
 
 
 def show_profile(profiler) -> None:
@@ -183,12 +184,12 @@ def show_profile(profiler) -> None:
         print(f'  {spent:8.3f} ms {count:4} x {key[:100]}')
 
 
-def time_plain_train() -> float:
+def time_plain_train(vocab_size: int) -> float:
     """Seconds per update of transformers' GPT-2 in a plain loop: autocast, fused AdamW, clipping; compiled as ours."""
-    model = transformers_gpt2(50304)
+    model = transformers_gpt2(vocab_size)
     forward = torch.compile(model) if compile else model
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(50257, (batch_size, block_size), device=where)
+    ids = torch.randint(min(vocab_size, 50257), (batch_size, block_size), device=where)
 
     def update():
         for _ in range(gradient_accumulation_steps):
@@ -217,8 +218,9 @@ def time_sample() -> None:
     made = batch_size * max_new_tokens
 
     def report(what, dt, tokens=made, than=None):
-        print(f'{what}: {tokens / dt:,.0f} tok/s, {dt * batch_size / tokens * 1e3:.3f} ms a step, {dt:.2f} s'
-              + (f'; {dt / tokens * made / than:.1f} times as long as ours' if than else ''))
+        whole = dt / tokens * made
+        print(f'{what}: {made / whole:,.0f} tok/s, {whole / max_new_tokens * 1e3:.3f} ms a step, {whole:.2f} s'
+              + (f'; {whole / than:.1f} times as long as ours' if than else ''))
         return dt
 
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
@@ -254,8 +256,8 @@ peak = measure_ceilings()
 if mode == 'sample':
     time_sample()
 else:
-    ours = time_train()
+    ours, trained_vocab = time_train()
     if compare:
-        plain = time_plain_train()
+        plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '
               f'{plain / ours:.3f} times as long as ours')

@@ -60,6 +60,11 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
 
 
+def adds_products(device: torch.device) -> bool:
+    """Whether it can; torch 2.10's compiler does not let a backward pass change what two pieces of a graph share."""
+    return device.type == 'cuda' and bool(torch.version.cuda) and torch.__version__ >= '2.11'
+
+
 class AddingLinear(torch.autograd.Function):
     """
     x @ weight16.T, (..., K) and (N, K) in 16 bits; the gradient of weight, (N, K) in float32, is added to total, its
@@ -122,12 +127,12 @@ class Linear(nn.Linear):
         if self.adds():
             y = AddingLinear.apply(x.to(self.weight16.dtype), self.weight, self.weight16, self.weight.grad)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.packed is not None:
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+        if plain and self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
         # oneDNN for few rows and a large weight, since MKL reads that with one thread; it takes longer to start
         pays = x.is_cpu and x.numel() <= 64 * self.in_features and self.weight.numel() >= 1 << 17
-        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
-        if pays and plain and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if plain and pays and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
 
@@ -140,7 +145,7 @@ def normed(x: torch.Tensor, norm: nn.LayerNorm, layer: Linear) -> torch.Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU it draws 16 bits an element, four elements at once, in a fifth of the time torch takes."""
+    """nn.Dropout. On a CPU it draws 16 bits an element, four elements at once, since torch takes five times as long."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: any shape, as it is outside training."""
@@ -173,7 +178,7 @@ class CausalSelfAttention(nn.Module):
         """softmax(q k.T / sqrt(hs)) v of each head: (B, T, 3, nh, hs) -> (B, T, nh, hs)."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         with torch.autocast(q.device.type, enabled=False):
-            p, slow = self.attn_dropout.p, q.dtype == torch.bfloat16 and q.size(2) <= 512
+            p, slow = self.attn_dropout.p, q.dtype == torch.bfloat16 and q.size(2) <= 256
             if self.training and q.is_cpu and (p > 0 or slow):  # written out, where that is faster
                 later = torch.full((q.size(2),) * 2, -math.inf, dtype=q.dtype).triu(1)
                 weights = (q * q.size(3) ** -0.5 @ k.transpose(2, 3) + later).softmax(-1)
@@ -488,9 +493,9 @@ class GPT(nn.Module):
             return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
         layers, device = [], self.lm_head.weight.device
-        if device.type == 'cpu' and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
+        if device.type == 'cpu' and torch.backends.mkldnn.is_available():
             layers = [layer for layer in self.modules() if isinstance(layer, Linear) and pays(layer.weight)]
-        if 2 * sum(layer.weight.nbytes for layer in layers) > free_memory(device):
+        if layers and 2 * sum(layer.weight.nbytes for layer in layers) > free_memory(device):
             layers = []
         try:
             for layer in layers:
@@ -534,10 +539,10 @@ class GPT(nn.Module):
         Give every Linear a copy of its weight in 16 bits, or renew the copies after an update. A compiled training step
         under autocast reads them instead of casting the weights, and adds the gradient of a weight to its .grad, where
         it has one, inside the matmul: autograd would write it in 16 bits, cast it to 32 and add it, which takes three
-        times the traffic. Returns False, and does nothing, without CUDA or with torch 2.10, whose compiler does not let
-        a backward pass change what two pieces of a graph share.
+        times the traffic. unfold_gradients() must follow the last backward pass of an update. Returns False, and does
+        nothing, where add_product does not work.
         """
-        if not (self.lm_head.weight.is_cuda and torch.version.cuda and torch.__version__ >= '2.11'):
+        if not adds_products(self.lm_head.weight.device):
             return False
         gains = {layer: norm.weight for norm, layer in self.folded()}
         for layer in self.modules():
@@ -831,9 +836,9 @@ def linear(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, 
                                    wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **early(x.device))
         return y
     if norm:
-        normed = torch.empty_like(x)
-        norm_kernel[B,](x, norm.weight, norm.bias, normed, K, wide, num_warps=4, **early(x.device))
-        x = normed
+        y = torch.empty_like(x)
+        norm_kernel[B,](x, norm.weight, norm.bias, y, K, wide, num_warps=4, **early(x.device))
+        x = y
     if add is not None and layer.bias is None:
         return add.view(B, N).addmm_(x.view(B, K), layer.weight.t()).view(B, 1, N)
     y = layer(x) if add is None else add + layer(x)

@@ -9,7 +9,7 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
 
 import gc
 
-gc.disable()  # as long as modules are imported: collecting takes a fifth of that time
+gc.disable()  # while modules are imported: garbage collection takes a fifth of that time
 
 import codecs
 import math
@@ -23,7 +23,7 @@ from data import codec
 from data.bins import draw
 from model import GPT, KVCache, free_memory, resolve
 
-gc.freeze()  # nor look at them later
+gc.freeze()  # what has been imported is no garbage
 gc.enable()
 
 # -- knobs ----------------------------------------------------------------------------------------------------------

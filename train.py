@@ -12,7 +12,7 @@ On several nodes, the same command on each, with its own --node_rank and the add
 
 import gc
 
-gc.disable()  # as long as modules are imported, 800 of them by section 1: collecting takes a fifth of that time
+gc.disable()  # while modules are imported here and in section 1: garbage collection takes a fifth of that time
 
 import contextlib
 import datetime
@@ -122,7 +122,7 @@ if ddp:
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit; imports the compiler
-gc.freeze()  # nor ever look at what has been imported: 0.3 s at a time
+gc.freeze()  # what has been imported is no garbage: looking through it takes 0.3 s each time
 gc.enable()
 torch.utils.deterministic.fill_uninitialized_memory = False
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
@@ -193,7 +193,8 @@ if resumed:  # moments and steps from the file, every hyperparameter from the kn
     resumed = True  # its tensors live in model and optimizer now
 if compile:
     try:
-        torch.compile(lambda t: t + 1)(torch.zeros(1, device=device))
+        tried = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device))
+        compile = tried.item() == 1  # 0 with TORCHDYNAMO_DISABLE=1
         # cut the graph for DDP: a piece's gradients are exchanged while the backward pass of those before it goes on.
         # With dropout it stays whole, since masks depend on the cuts and must not depend on the number of processes
         torch._dynamo.config.optimize_ddp = dropout == 0
@@ -295,7 +296,7 @@ def forward_backward(x, y):
 
 
 def clip_and_step():
-    """Clip gradients, update parameters and their copies, clear gradients; returns the norm before clipping."""
+    """Finish and clip gradients, update parameters and their copies, clear gradients; returns the norm from before."""
     if copies:
         raw_model.unfold_gradients()
     scaler.unscale_(optimizer)

@@ -1,5 +1,6 @@
 """What every test may use: the scripts in this process or as a real one, a tiny dataset, and knobs for a tiny run."""
 
+import gc
 import os
 import random
 import runpy
@@ -51,6 +52,8 @@ def script(monkeypatch):
     yield execute
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    gc.unfreeze()
+    gc.enable()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 

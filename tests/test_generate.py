@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, sample_ids
+from model import GPT, GPTConfig, KVCache, Linear, sample_ids
 from tests.conftest import ROOT, run
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
@@ -92,6 +92,22 @@ def test_nor_do_packed_weights():
         tokens = model.stream(torch.zeros(rows, 1, dtype=torch.long), new)
         next(tokens)
         assert not any(layer.packed is not None for layer in layers)
+
+
+@torch.no_grad()
+def test_nor_do_packed_weights_in_bfloat16_change_more_than_rounding():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip('needs a CPU on which oneDNN computes in bfloat16')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=4, n_embd=256)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    model, idx = model.bfloat16(), torch.randint(65, (3, BLOCK))
+    wanted = model(idx)[0]
+    for rows in (1, 3):
+        with model.packed(rows):
+            assert all(layer.packed is not None for layer in model.modules() if isinstance(layer, Linear))
+            assert (model(idx)[0] - wanted).abs().max() < 2e-2 * wanted.abs().max()
 
 
 @torch.no_grad()

@@ -148,10 +148,11 @@ def gradient(net: GPT, x: torch.Tensor, autocast: bool, written_out: bool) -> to
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
 
 
-def test_gradients_with_dropout_in_bfloat16_are_as_near_to_float32_as_autocast():
+@pytest.mark.parametrize('dropout', [0.0, 0.25])
+def test_gradients_in_bfloat16_are_as_near_to_float32_as_autocast(dropout):
     errors = []
     for seed in range(4):
-        net, x = small(seed, dropout=0.25).train(), ids(3, 16, seed=seed)
+        net, x = small(seed, dropout=dropout).train(), ids(3, 16, seed=seed)
         exact = gradient(net, x, False, False)
         torch.testing.assert_close(gradient(net, x, False, True), exact, rtol=1e-4, atol=1e-5)
         errors.append([(gradient(net, x, True, how) - exact).norm() / exact.norm() for how in (False, True)])
@@ -168,9 +169,11 @@ def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
     kept = (y != 0).double()
     share = min(p, 65535 / 65536)  # one of 65,536 values is always kept
     assert abs(kept.mean() - (1 - share)) < 5 * math.sqrt(share * (1 - share) / x.numel()) + 1 / 65536
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2
+    assert y.max().item() == pytest.approx(1 / (1 - share), rel=rounding) and kept.sum() > 0
+    assert abs(y.double().mean() - 1) < 5 * math.sqrt(share / (1 - share) / x.numel()) + rounding
     if 0.1 < p < 0.99:
-        assert set(y.unique().tolist()) == {0.0, y.max().item()}
-        assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4 if dtype == torch.float32 else 1e-2)
+        assert len(y.unique()) == 2
         for other in ((another != 0).double().flatten(), *(kept.flatten().roll(lag) for lag in (1, 2, 3, 4, 1003))):
             correlation = torch.corrcoef(torch.stack((kept.flatten(), other)))[0, 1]
             assert abs(correlation) < 5 / math.sqrt(x.numel()), 'elements are dropped independently'
@@ -178,7 +181,18 @@ def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
     assert torch.equal(x.grad, y.detach()), 'and the gradient by the same mask'
     torch.manual_seed(3)
     assert torch.equal(module(x) != 0, kept.bool())
-    assert module.eval()(x) is x or torch.equal(module.eval()(x), x)
+    assert torch.equal(module.eval()(x), x)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_on_a_cpu_drops_this_share():
+    module, x = torch.compile(Dropout(0.25), fullgraph=True), torch.ones(1001, 999)
+    y, another = module(x), module(x)
+    kept = (y != 0).double().flatten()
+    for each in (kept, *(kept[i::4] for i in range(4))):
+        assert abs(each.mean() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / len(each))
+    assert set(y.unique().tolist()) == {0.0, y.max().item()} and y.max().item() == pytest.approx(4 / 3)
+    assert not torch.equal(y, another)
 
 
 def test_a_later_token_changes_nothing_before_it():

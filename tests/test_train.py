@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import model
 from data import DataError, bins, codec
 from data import checkpoint as ckpt
 from model import GPT, GPTConfig
@@ -383,6 +385,32 @@ def test_all_problems_in_one_list(train, out_dir):
 def test_zero_is_named(train, knob):
     done = train(**{knob: 0})
     assert done.code == 2 and f'train.py: {knob}=0 must be at least 1\n' in done.err
+
+
+@pytest.mark.slow
+def test_gradients_added_inside_matmuls_train_alike(train, out_dir, monkeypatch):
+    """What compiled training does on CUDA, here on a CPU: copies in 16 bits, LayerNorms folded into them."""
+    @model.add_product.register_kernel('cpu')
+    def add_product(total, a, b):
+        added.append(total.add_(a.t().float() @ b.float()))
+
+    def lm_loss(x, weight, targets, total=None):
+        logits = model.AddingLinear.apply(x, weight, weight, total) if total is not None else x @ weight.t()
+        return F.cross_entropy(logits.float(), targets)
+
+    monkeypatch.setattr(model, 'lm_loss', lm_loss)
+    runs = []
+    for adds in (False, True):
+        added = []
+        monkeypatch.setattr(model, 'adds_products', lambda device, adds=adds: adds)
+        done = train(compile=True, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, max_iters=6, log_interval=1)
+        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * adds
+        norms = [r['norm'] for r in records(out_dir, 'train')]
+        runs.append((norms, {k: p.detach() for k, p in done.names['raw_model'].named_parameters()}))
+    (norms, wanted), (others, ours) = runs
+    assert others == pytest.approx(norms, rel=0.02)
+    for name, p in wanted.items():
+        assert (ours[name] - p).norm() < 0.25 * (p - (1 if p.dim() == 1 else 0)).norm(), name
 
 
 @pytest.mark.parametrize('knob', ['learning_rate', 'grad_clip', 'weight_decay', 'dropout', 'beta2', 'min_lr'])
