@@ -109,8 +109,8 @@ def transformers_gpt2(vocab_size: int):
 
 # -- a training step ------------------------------------------------------------------------------------------------
 
-KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention', 'cudnn::fusion'),
-         'matmul': ('nvjet', 'gemm', 'cutlass', 'splitk', '::mm', 'addmm'),
+KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention', 'cudnn::fusion', 'aten::_softmax'),
+         'matmul': ('nvjet', 'gemm', 'cutlass', 'splitk', '::mm', 'bmm', 'addmm'),
          'optimizer and clipping': ('adam', 'multi_tensor', 'norm_kernel', 'foreach'),
          'loss': ('softmax', 'cross_entropy', 'nll', 'loss_kernel'), 'GELU': ('gelu', 'exp2'),
          'LayerNorm': ('layer_norm',), 'embedding': ('embedding', 'index_put', 'index_add', 'scatter'),

@@ -92,7 +92,6 @@ except ValueError as e:
 vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
-torch.set_float32_matmul_precision('high')
 number_format = getattr(torch, dtype)
 model.eval().to(device, number_format)
 
