@@ -217,10 +217,9 @@ def time_sample() -> None:
     prompt = torch.randint(known, (batch_size, prompt_tokens), device=where)
     made = batch_size * max_new_tokens
 
-    def report(what, dt, tokens=made, than=None):
-        whole = dt / tokens * made
-        print(f'{what}: {made / whole:,.0f} tok/s, {whole / max_new_tokens * 1e3:.3f} ms a step, {whole:.2f} s'
-              + (f'; {whole / than:.1f} times as long as ours' if than else ''))
+    def report(what, dt, than=None):
+        print(f'{what}: {made / dt:,.0f} tok/s, {dt / max_new_tokens * 1e3:.3f} ms a step, {dt:.2f} s'
+              + (f'; {dt / than:.1f} times as long as ours' if than else ''))
         return dt
 
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
@@ -238,12 +237,12 @@ def time_sample() -> None:
             ids = sample_ids(logits.float(), torch.rand(batch_size, device=where), 1.0, top_k, 1.0)
             idx = torch.cat((idx, ids[:, None]), dim=1)
 
-    report('a loop without a cache', seconds(no_cache, 1), batch_size * few, ours)
+    report('a loop without a cache', seconds(no_cache, 1) * max_new_tokens / few, ours)
     hf = transformers_gpt2(vocab_size).eval().to(number_format)
     cache = {'cache_implementation': 'static'} if cuda else {}
     report(f'transformers, {"compiled static" if cuda else "its"} cache', seconds(lambda: hf.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=top_k, max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), than=ours)
+        min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), ours)
 
 
 world_size, first = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0') == '0'

@@ -170,7 +170,7 @@ def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
     share = min(p, 65535 / 65536)  # one of 65,536 values is always kept
     assert abs(kept.mean() - (1 - share)) < 5 * math.sqrt(share * (1 - share) / x.numel()) + 1 / 65536
     rounding = 1e-4 if dtype == torch.float32 else 1e-2
-    assert y.max().item() == pytest.approx(1 / (1 - share), rel=rounding) and kept.sum() > 0
+    assert y.max().item() == pytest.approx(1 / (1 - share), rel=rounding)
     assert abs(y.double().mean() - 1) < 5 * math.sqrt(share / (1 - share) / x.numel()) + rounding
     if 0.1 < p < 0.99:
         assert len(y.unique()) == 2

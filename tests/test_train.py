@@ -387,32 +387,6 @@ def test_zero_is_named(train, knob):
     assert done.code == 2 and f'train.py: {knob}=0 must be at least 1\n' in done.err
 
 
-@pytest.mark.slow
-def test_gradients_added_inside_matmuls_train_alike(train, out_dir, monkeypatch):
-    """What compiled training does on CUDA, here on a CPU: copies in 16 bits, LayerNorms folded into them."""
-    @model.add_product.register_kernel('cpu')
-    def add_product(total, a, b):
-        added.append(total.add_(a.t().float() @ b.float()))
-
-    def lm_loss(x, weight, targets, total=None):
-        logits = model.AddingLinear.apply(x, weight, weight, total) if total is not None else x @ weight.t()
-        return F.cross_entropy(logits.float(), targets)
-
-    monkeypatch.setattr(model, 'lm_loss', lm_loss)
-    runs = []
-    for adds in (False, True):
-        added = []
-        monkeypatch.setattr(model, 'adds_products', lambda device, adds=adds: adds)
-        done = train(compile=True, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, max_iters=6, log_interval=1)
-        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * adds
-        norms = [r['norm'] for r in records(out_dir, 'train')]
-        runs.append((norms, {k: p.detach() for k, p in done.names['raw_model'].named_parameters()}))
-    (norms, wanted), (others, ours) = runs
-    assert others == pytest.approx(norms, rel=0.02)
-    for name, p in wanted.items():
-        assert (ours[name] - p).norm() < 0.25 * (p - (1 if p.dim() == 1 else 0)).norm(), name
-
-
 @pytest.mark.parametrize('knob', ['learning_rate', 'grad_clip', 'weight_decay', 'dropout', 'beta2', 'min_lr'])
 def test_nan_is_no_value(train, knob):
     done = train(**{knob: 'nan'})
@@ -476,6 +450,38 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
     lr = 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * 3 / 18))
     assert re.match(rf'iter 5: gradient norm nan, .*lr {lr:.3e}', str(done.code)), done.code
     assert iters(done) == [0, 4] and sorted(os.listdir(out_dir)) == ['log.jsonl']
+
+
+def test_a_compiler_switched_off_is_not_used(train, out_dir, monkeypatch):
+    monkeypatch.setenv('TORCHDYNAMO_DISABLE', '1')
+    train(compile=True, max_iters=1)
+    assert records(out_dir, 'run')[0]['compile'] is False
+
+
+@pytest.mark.slow
+def test_gradients_added_inside_matmuls_train_alike(train, out_dir, monkeypatch):
+    """What compiled training does on CUDA, here on a CPU: copies in 16 bits, LayerNorms folded into them."""
+    @model.add_product.register_kernel('cpu')
+    def add_product(total, a, b):
+        added.append(total.add_(a.t().float() @ b.float()))
+
+    def lm_loss(x, weight, targets, total=None):
+        logits = model.AddingLinear.apply(x, weight, weight, total) if total is not None else x @ weight.t()
+        return F.cross_entropy(logits.float(), targets)
+
+    monkeypatch.setattr(model, 'lm_loss', lm_loss)
+    runs = []
+    for adds in (False, True):
+        added = []
+        monkeypatch.setattr(model, 'adds_products', lambda device, adds=adds: adds)
+        done = train(compile=True, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, max_iters=6, log_interval=1)
+        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * adds
+        norms = [r['norm'] for r in records(out_dir, 'train')]
+        runs.append((norms, {k: p.detach() for k, p in done.names['raw_model'].named_parameters()}))
+    (norms, wanted), (others, ours) = runs
+    assert others == pytest.approx(norms, rel=0.02)
+    for name, p in wanted.items():
+        assert (ours[name] - p).norm() < 0.25 * (p - (1 if p.dim() == 1 else 0)).norm(), name
 
 
 # -- several processes ----------------------------------------------------------------------------------------------
