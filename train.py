@@ -111,9 +111,6 @@ if problems:
     fail(*problems)
 
 device_type = device.partition(':')[0]
-torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit; imports the compiler
-gc.freeze()  # what has been imported is no garbage: looking through it takes 0.3 s each time
-gc.enable()
 if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
@@ -124,6 +121,9 @@ if ddp:
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
+torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit; imports the compiler
+gc.freeze()  # what has been imported is no garbage: looking through it takes 0.3 s each time
+gc.enable()
 torch.utils.deterministic.fill_uninitialized_memory = False
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
