@@ -5,9 +5,14 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
     python bench.py --real_data=False --compare=True      on random tokens, and transformers' GPT-2 beside it
     python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
     python bench.py --mode=sample --batch_size=1          tokens per second of generation
+    python bench.py --without=FusedLoss,LastBlock         without these parts of fast.py; --without=fast: without all
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU
 """
 
+try:
+    import fast
+except ImportError:
+    fast = None
 import os
 import runpy
 import statistics
@@ -18,9 +23,9 @@ import time
 import torch
 
 from data import bins, codec
-from model import GPT, GPTConfig, resolve, sample_ids
+from model import GPT, GPTConfig, sample_ids
 
-# -- knobs ----------------------------------------------------------------------------------------------------------
+# -- options --------------------------------------------------------------------------------------------------------
 
 mode = 'train'  # train: steps of train.py; sample: tokens, as sample.py draws them
 batch_size = 12
@@ -32,6 +37,7 @@ device = 'auto'
 dtype = 'auto'
 compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
+without = ''  # parts of fast.py to leave out, by name and separated by commas
 compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
 dataset = 'openwebtext'
 n_layer = 12
@@ -47,24 +53,21 @@ top_k = 200  # mode=sample
 vocab_size = 50304  # mode=sample: 65 is that of the Shakespeare configs; 50304 draws among GPT-2's 50257
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-positive = ('warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens', 'vocab_size',
-            'gradient_accumulation_steps')
-problems = [f'{name}={config[name]} must be at least 1' for name in positive if config[name] < 1]
-if mode not in ('train', 'sample'):
-    problems.append(f'mode={mode}: choose train or sample')
-if top_k < 0:
-    problems.append(f'top_k={top_k} must not be negative; 0 is off')
-if mode == 'sample' and compare and prompt_tokens + max_new_tokens > block_size:
-    problems.append(f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
-try:
-    where, number_format = resolve(device, dtype)
-    gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
-    GPTConfig(**gpt2)
-except ValueError as e:
-    problems += e.args
-if problems:
-    fail(*problems)
+at_least(1, 'warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens', 'vocab_size',
+         'gradient_accumulation_steps')
+need(mode in ('train', 'sample'), f'mode={mode}: choose train or sample')
+need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
+need(mode == 'train' or not compare or prompt_tokens + max_new_tokens <= block_size,
+     f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
+gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
+fits(GPTConfig, **gpt2)
+where, number_format = resolve(device, dtype)
+end_if_wrong()
 where, number_format = torch.device(where), getattr(torch, number_format)
+if fast:
+    fast.left_out.update(without.split(','))
+if 'fast' in without.split(','):
+    fast = sys.modules['fast'] = None  # train.py will not find it either
 cuda = where.type == 'cuda'
 
 
@@ -118,7 +121,7 @@ KINDS = {'attention': ('flash', 'fmha', 'sdpa', 'attention', 'cudnn::fusion', 'a
 
 
 def time_train() -> tuple[float, int]:
-    """Seconds per update of train.py, run with our knobs and watched through on_step, and its model's vocab_size."""
+    """Seconds per update of train.py, run with our options and watched through on_step, and its model's vocab_size."""
     class Enough(Exception):
         """Raised out of train.py's loop when the last timed step is done."""
 
@@ -222,8 +225,13 @@ def time_sample() -> None:
               + (f'; {dt / than:.1f} times as long as ours' if than else ''))
         return dt
 
-    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
-        lambda: model.generate(prompt, max_new_tokens, 1.0, top_k, vocab_size=known, compiled=compile), 3))
+    def generate():
+        how = dict(temperature=1.0, top_k=top_k, vocab_size=known)
+        if fast:
+            return list(fast.stream(model, prompt, max_new_tokens, **how, compiled=compile, spare=free_memory(where.type)))
+        return list(model.stream(prompt, max_new_tokens, **how))
+
+    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 3))
     if not compare:
         return
 

@@ -1,182 +1,253 @@
 """
-Knobs from config files and the command line. Not imported: a script executes this file in its own namespace,
+Options from config files and the command line. Not imported: a script executes this file in its own namespace,
 
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-after it has assigned its knobs, and they change in place. A knob is a module-level name, without a leading
-underscore, whose value is a bool, int, float or str; the type of its default is its type.
+after it has assigned its options, and they change in place. An option is a module-level name without a leading
+underscore whose value is a bool, int, float or str; the type of its default is its type.
 
     python train.py config/some.py --batch_size=32 --compile false       left to right, the later wins
-    python train.py --help                                               every knob, its default, what it does
+    python train.py --help                                               every option, its default, what it does
 
-It leaves two names in the script: `config`, the dict of all knobs as given, and `fail(*problems)`, the one way
-out for a user's mistake: a line per problem on stderr, exit code 2.
+It leaves `config`, the dict of all options as given, and functions to check them, which stand first below. `fail` is the
+one way out for a user's mistake: a line per problem on stderr, exit code 2.
 """
 
+import ast
+import builtins  # a script's own option may be called `compile`; below, that must stay the function
+import difflib
+import io
+import numbers
+import os
+import re
+import sys
+import time
+import tokenize
+import traceback
 
-def _configure(space):
-    """Apply sys.argv to the knobs in the namespace `space`; return (config, fail)."""
-    import ast
-    import builtins  # a script's own knob may be called `compile`; in here that must stay the function
-    import difflib
-    import io
-    import numbers
-    import os
-    import re
-    import sys
-    import time
-    import tokenize
-    import traceback
+_script, _first_rank = os.path.abspath(__file__), os.environ.get('RANK', '0') == '0'
+_mistakes = []
 
-    script = os.path.abspath(space['__file__'])
-    first_rank = os.environ.get('RANK', '0') == '0'
-    scalars = (bool, int, float, str)
-    knobs = {k: v for k, v in space.items() if k[0] != '_' and isinstance(v, scalars)}
-    problems = []
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that lacks a character ends no run
 
-    def fail(*problems):
-        """End the script for a user's mistake: one line per problem on stderr (rank 0 alone), exit code 2."""
-        for problem in problems if first_rank else ():
-            print(f'{os.path.basename(script)}: {problem}', file=sys.stderr)
-        sys.stdout.flush()
-        if not first_rank:
-            time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
-        sys.exit(2)
+# -- for the script to use ------------------------------------------------------------------------------------------
 
-    def nearest(name, cutoff):
-        close = difflib.get_close_matches(name, knobs, n=1, cutoff=cutoff)
-        return close[0] if close else next((k for k in knobs if one_edit(name, k)), None)
+def fail(*problems):
+    """End the script for a user's mistake: one line per problem on stderr (rank 0 alone), exit code 2."""
+    if _first_rank:
+        for problem in problems:
+            print(f'{os.path.basename(_script)}: {problem}', file=sys.stderr)
+    else:
+        time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
+    sys.stdout.flush()
+    sys.exit(2)
 
-    def one_edit(a, b):
-        """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
-        if len(b) < 3:  # a name of one or two letters is one edit from everything
-            return False
-        i = next((i for i, (p, q) in enumerate(zip(a, b)) if p != q), min(len(a), len(b)))
-        return (a[i + 1:] == b[i + 1:] or a[i + 1:] == b[i:] or a[i:] == b[i + 1:]
-                or (a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]))
 
-    def convert(key, value):
-        """`value`, text of the command line or an object of a config file, in the type of the knob. ValueError."""
-        kind = type(knobs[key])
-        text = value if isinstance(value, str) else None
-        try:
-            if kind is str and text is not None:
-                return str(text)
-            if kind is bool and isinstance(value, bool):
-                return value
-            if kind is bool and text is not None and text.lower() in ('true', 'false'):
-                return text.lower() == 'true'
-            if kind is int and (value is None or text == 'None'):
-                return 0  # top_k=None: off
-            if kind in (int, float) and not isinstance(value, bool):
-                if text is not None:
-                    try:
-                        value = int(text)
-                    except ValueError:
-                        value = float(text)
-                if kind is float and isinstance(value, numbers.Real):
-                    return float(value)
-                if isinstance(value, numbers.Real) and value == int(value):
-                    return int(value)
-        except (ValueError, OverflowError):
-            pass
-        wants = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a str'}[kind]
-        raise ValueError(f'{key}={shown(value if text is None else text)}: {key} takes {wants}')
+def end_if_wrong():
+    """Fail with all mistakes noted so far, if there are any."""
+    if _mistakes:
+        fail(*_mistakes)
 
-    def shown(value):
-        text = value if isinstance(value, str) else repr(value)
-        text = text.encode('unicode_escape').decode('ascii') if not text.isprintable() else text
-        return text if len(text) <= 80 else text[:77] + '...'
 
-    def put(key, value):
-        knobs[key] = value
-        if first_rank:
-            print(f'Overriding: {key} = {value}')
+def need(right, message):
+    """Note a mistake unless something is right."""
+    if not right:
+        _mistakes.append(message)
 
-    def run_file(name):
-        """Execute a config file with the knobs in scope and take over what it assigned."""
-        here = next((p for p in (name, os.path.join(os.path.dirname(script), name)) if os.path.isfile(p)), None)
-        if here is None:
-            if '=' in name and name.split('=')[0] in knobs:
-                return problems.append(f'{shown(name)}: write --{shown(name)}')
-            knob = nearest(name, 0.85)
-            hint = f'; a knob is set with --{knob}=value' if knob else '; knobs are written --key=value'
-            return problems.append(f'{shown(name)}: no such config file{hint}')
-        scope = {**knobs, '__file__': os.path.abspath(here), '__name__': 'config'}
-        try:
-            with open(here, encoding='utf-8-sig') as f:
-                source = f.read()
-            tree = ast.parse(source, here)
-            exec(builtins.compile(tree, here, 'exec'), scope)
-        except (Exception, SystemExit) as e:
-            lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == here]
-            line = e.lineno if isinstance(e, SyntaxError) and e.filename == here else lines[-1] if lines else 1
-            what = e.msg if isinstance(e, SyntaxError) else str(e)
-            return problems.append(f'{name}, line {line}: {type(e).__name__}: {shown(what)}')
-        line_of = {node.id: node.lineno for node in ast.walk(tree)
-                   if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        for key, value in scope.items():
-            where = f'{name}, line {line_of.get(key, 1)}'
-            if key in knobs:
-                if key not in line_of and value is knobs[key]:
-                    continue
+
+def at_least(least, *names):
+    """Note each of these options that is smaller than `least`, or not finite."""
+    for name in names:
+        need(least <= config[name] < float('inf'), f'{name}={config[name]} must be finite and at least {least}')
+
+
+def fits(kind, **arguments):
+    """Note what kind(**arguments) has to say against them: the arguments of its ValueError."""
+    try:
+        kind(**arguments)
+    except ValueError as e:
+        _mistakes.extend(e.args)
+
+
+def resolve(device: str, dtype: str) -> tuple[str, str]:
+    """
+    What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
+    computes in it natively, float16 on other CUDA cards, float32 elsewhere. Notes what cannot be had here.
+    """
+    import torch
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if device == 'auto':
+        device = next(kind for kind in there if there[kind])
+    kind, _, number = device.partition(':')
+    if kind not in there:
+        need(False, f'device={device}: choose auto, cpu, cuda, cuda:N or mps')
+    elif not there[kind]:
+        need(False, f'device={device} is not available here; try --device=auto or --device=cpu')
+    elif ':' in device:
+        count = torch.cuda.device_count()
+        need(kind == 'cuda' and number.isdecimal() and int(number) < count,
+             f'device={device}: there are {count} GPUs, counted from cuda:0')
+    need(dtype in ('auto', 'float32', 'bfloat16', 'float16'),
+         f'dtype={dtype}: choose auto, float32, bfloat16 or float16')
+    need(dtype != 'float16' or kind not in ('cpu', 'mps'),
+         f'dtype=float16 needs CUDA, device is {device}; try --dtype=auto')
+    if dtype == 'auto' and kind == 'cuda' and there['cuda']:
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        native = kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        dtype = 'bfloat16' if native else 'float32'
+    return device, dtype
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device; on a CPU an estimate, and no limit where the system does not tell."""
+    if device.startswith('cuda'):
+        import torch
+        return torch.cuda.mem_get_info(device)[0]
+    told = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())
+    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if told else 1 << 62
+
+
+# -- reading options ------------------------------------------------------------------------------------------------
+
+def _nearest(name, cutoff):
+    close = difflib.get_close_matches(name, config, n=1, cutoff=cutoff)
+    return close[0] if close else next((key for key in config if _one_edit(name, key)), None)
+
+
+def _one_edit(a, b):
+    """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
+    if len(b) < 3:  # a name of one or two letters is one edit from everything
+        return False
+    i = next((i for i, (p, q) in enumerate(zip(a, b)) if p != q), min(len(a), len(b)))
+    return (a[i + 1:] == b[i + 1:] or a[i + 1:] == b[i:] or a[i:] == b[i + 1:]
+            or (a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]))
+
+
+def _convert(key, value):
+    """`value`, text of the command line or an object of a config file, in the type of the option. ValueError."""
+    kind = type(config[key])
+    text = value if isinstance(value, str) else None
+    try:
+        if kind is str and text is not None:
+            return str(text)
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is bool and text is not None and text.lower() in ('true', 'false'):
+            return text.lower() == 'true'
+        if kind is int and (value is None or text == 'None'):
+            return 0  # top_k=None: off
+        if kind in (int, float) and not isinstance(value, bool):
+            if text is not None:
                 try:
-                    put(key, convert(key, value))
-                except ValueError as e:
-                    problems.append(f'{where}: {e}')
-            elif key[0] != '_' and not callable(value) and not isinstance(value, type(sys)):
-                if nearest(key, 0.85):
-                    problems.append(f'{where}: unknown knob {key}, did you mean {nearest(key, 0.85)}?')
-                elif first_rank:
-                    print(f'note: {where}: {key} is no knob of {os.path.basename(script)}, ignored')
+                    value = int(text)
+                except ValueError:
+                    value = float(text)
+            if kind is float and isinstance(value, numbers.Real):
+                return float(value)
+            if isinstance(value, numbers.Real) and value == int(value):
+                return int(value)
+    except (ValueError, OverflowError):
+        pass
+    wants = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a str'}[kind]
+    raise ValueError(f'{key}={_shown(value if text is None else text)}: {key} takes {wants}')
 
-    def show_help():
-        """The script's docstring, then its knobs with defaults and comments, read from its source."""
-        with open(script, encoding='utf-8') as f:
-            source = f.read()
-        comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                    if t.type == tokenize.COMMENT}
-        tree = ast.parse(source)
-        lines = [f'{(ast.get_docstring(tree) or script).strip()}\n\nKnobs, set by --key=value or in a config file:\n']
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in knobs:
-                key = node.targets[0].id
-                lines.append(f'  {f"--{key}={knobs[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
-        try:
-            print('\n'.join(lines), flush=True)
-        except BrokenPipeError:  # `--help | head` has seen enough; Python's own last flush must not complain either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
-    words = sys.argv[1:]
-    if any(w == '--help' or (w == '-h' and not re.fullmatch('--[^=]+', p)) for p, w in zip(['', *words], words)):
-        show_help()
+def _shown(value):
+    """A value as part of a message: one line, and not too long."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode('unicode_escape').decode('ascii') if not text.isprintable() else text
+    return text if len(text) <= 80 else text[:77] + '...'
+
+
+def _put(key, value):
+    config[key] = value
+    if _first_rank:
+        print(f'Overriding: {key} = {value}')
+
+
+def _run_file(name):
+    """Execute a config file with the options in scope and take over what it assigned."""
+    path = next((p for p in (name, os.path.join(os.path.dirname(_script), name)) if os.path.isfile(p)), None)
+    if path is None:
+        if '=' in name and name.split('=')[0] in config:
+            return need(False, f'{_shown(name)}: write --{_shown(name)}')
+        option = _nearest(name, 0.85)
+        hint = f'; an option is set with --{option}=value' if option else '; options are written --key=value'
+        return need(False, f'{_shown(name)}: no such config file{hint}')
+    scope = {**config, '__file__': os.path.abspath(path), '__name__': 'config'}
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            tree = ast.parse(f.read(), path)
+        exec(builtins.compile(tree, path, 'exec'), scope)
+    except (Exception, SystemExit) as e:
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = e.lineno if isinstance(e, SyntaxError) and e.filename == path else lines[-1] if lines else 1
+        what = e.msg if isinstance(e, SyntaxError) else str(e)
+        return need(False, f'{name}, line {line}: {type(e).__name__}: {_shown(what)}')
+    line_of = {node.id: node.lineno for node in ast.walk(tree)
+               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for key, value in scope.items():
+        where = f'{name}, line {line_of.get(key, 1)}'
+        if key in config and (key in line_of or value is not config[key]):
+            try:
+                _put(key, _convert(key, value))
+            except ValueError as e:
+                need(False, f'{where}: {e}')
+        elif key not in config and key[0] != '_' and not callable(value) and not isinstance(value, type(sys)):
+            if near := _nearest(key, 0.85):
+                need(False, f'{where}: unknown option {key}, did you mean {near}?')
+            elif _first_rank:
+                print(f'note: {where}: {key} is no option of {os.path.basename(_script)}, ignored')
+
+
+def _run_words(words):
+    """Take over the command line: config files, --key=value, --key value."""
     while words:
         word = words.pop(0)
         if not word.startswith('--'):
-            run_file(word)
+            _run_file(word)
             continue
         key, equals, text = word[2:].partition('=')
         if not equals and words and not words[0].startswith('--'):
             equals, text = ' ', words.pop(0)
-        if key not in knobs:
-            near = nearest(key, 0.6)
-            hint = f'did you mean --{near}?' if near else '--help lists them'
-            problems.append(f'unknown knob --{shown(key)}; {hint}')
+        if key not in config:
+            near = _nearest(key, 0.6)
+            need(False, f'unknown option --{_shown(key)}; {f"did you mean --{near}?" if near else "--help lists them"}')
         elif not equals:
-            problems.append(f'--{key} needs a value: --{key}={shown(type(knobs[key]) is bool or knobs[key])}')
+            need(False, f'--{key} needs a value: --{key}={_shown(type(config[key]) is bool or config[key])}')
         else:
             try:
-                put(key, convert(key, text))
+                _put(key, _convert(key, text))
             except ValueError as e:
-                problems.append(f'--{e}')
-    if problems:
-        fail(*problems)
-    space.update(knobs)
-    return dict(knobs), fail
+                need(False, f'--{e}')
 
 
-config, fail = _configure(globals())
-del _configure
+def _show_help():
+    """Print the script's docstring, then its options with defaults and comments, read from its source; and end."""
+    with open(_script, encoding='utf-8') as f:
+        source = f.read()
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
+                if t.type == tokenize.COMMENT}
+    tree = ast.parse(source)
+    lines = [f'{(ast.get_docstring(tree) or _script).strip()}\n\nOptions, set by --key=value or in a config file:\n']
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in config:
+            key = node.targets[0].id
+            lines.append(f'  {f"--{key}={config[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
+    try:
+        print('\n'.join(lines), flush=True)
+    except BrokenPipeError:  # `--help | head` has seen enough; Python's own last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+config = {_key: _value for _key, _value in globals().items()
+          if _key[0] != '_' and isinstance(_value, (bool, int, float, str))}
+if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that lacks a character ends no run
+if any(_word == '--help' or (_word == '-h' and not re.fullmatch('--[^=]+', _before))
+       for _before, _word in zip(['', *sys.argv[1:]], sys.argv[1:])):
+    _show_help()
+_run_words(sys.argv[1:])
+end_if_wrong()
+globals().update(config)

@@ -7,11 +7,12 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
     python sample.py --start=FILE:prompt.txt
 """
 
-import gc
-
-gc.disable()  # while modules are imported: garbage collection takes a fifth of that time
-
+try:
+    import fast  # the same tokens, sooner: nothing below needs it
+except ImportError:
+    fast = None
 import codecs
+import contextlib
 import math
 import os
 
@@ -21,12 +22,9 @@ import torch
 from data import checkpoint as ckpt
 from data import codec
 from data.bins import draw
-from model import GPT, KVCache, free_memory, resolve
+from model import GPT
 
-gc.freeze()  # what has been imported is no garbage
-gc.enable()
-
-# -- knobs ----------------------------------------------------------------------------------------------------------
+# -- options --------------------------------------------------------------------------------------------------------
 
 init_from = 'resume'  # resume: the checkpoint in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a local folder
 out_dir = 'out'  # of the training run
@@ -44,27 +42,20 @@ dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the
 compile = False  # torch.compile a step; takes most of a minute, pays for very many tokens
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-problems = [message for bad, message in [
-    (num_samples < 1, f'num_samples={num_samples} must be at least 1'),
-    (max_new_tokens < 1, f'max_new_tokens={max_new_tokens} must be at least 1'),
-    (not 0 <= temperature < math.inf,
-     f'temperature={temperature} must be finite and not negative; 0 always takes the likeliest token'),
-    (top_k < 0, f'top_k={top_k} must not be negative; 0 is off'),
-    (not 0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off'),
-    (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),
-] if bad]
-try:
-    device, dtype = resolve(device, dtype)
-except ValueError as e:
-    problems += e.args
+at_least(1, 'num_samples', 'max_new_tokens')
+need(0 <= temperature < math.inf,
+     f'temperature={temperature} must be finite and not negative; 0 always takes the likeliest token')
+need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
+need(0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off')
+at_least(0, 'seed')
+device, dtype = resolve(device, dtype)
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        problems.append(f'start=FILE:{start[5:]}: {getattr(e, "strerror", None) or "is not UTF-8"}')
-if problems:
-    fail(*problems)
+        need(False, f'start=FILE:{start[5:]}: {getattr(e, "strerror", None) or "is not UTF-8"}')
+end_if_wrong()
 
 # -- model and tokenizer --------------------------------------------------------------------------------------------
 
@@ -77,7 +68,8 @@ try:
                  '--init_from=gpt2')
         checkpoint = ckpt.load(path, mmap=True)
         print(f'{path}: {checkpoint["iter_num"]} updates')
-        model = GPT.from_checkpoint(checkpoint)
+        with fast.loading() if fast else contextlib.nullcontext():
+            model = GPT.from_checkpoint(checkpoint)
         if 'codec' in checkpoint:
             tokenizer = codec.from_state(checkpoint['codec'])
         else:  # an older file: the dataset folder knows
@@ -103,19 +95,23 @@ ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')
 ids = ids[-model.config.block_size:].tolist()
-total, block_size = len(ids) + max_new_tokens, model.config.block_size
-need = KVCache.nbytes(model.config, num_samples, min(block_size, total), number_format)
-# and what a block computes, about twelve values for each that it is given: of the prompt, or past block_size a window
+# keys and values for every token, and about twelve values for each that a block reads at once: of the prompt, or, past
+# block_size, of a window
+C, block_size, total = model.config.n_embd, model.config.block_size, len(ids) + max_new_tokens
 window = block_size if total > block_size else len(ids)
-need += 12 * model.config.n_embd * num_samples * window * number_format.itemsize
-free = free_memory(torch.device(device))
-if need > free:
-    fail(f'num_samples={num_samples} need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')
+needed = (2 * model.config.n_layer * min(block_size, total) + 12 * window) * C * num_samples * number_format.itemsize
+free = free_memory(device)
+if needed > free:
+    fail(f'num_samples={num_samples} need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')
 prompt = torch.tensor(ids, device=device).expand(num_samples, -1)  # (num_samples, T)
 # 24 bits of each uint64: exact in float32, and below 1
 uniforms = np.stack([draw(max_new_tokens, seed, 'sample', i) >> 40 for i in range(num_samples)]) / np.float32(1 << 24)
-steps = model.stream(prompt, max_new_tokens, temperature, top_k, top_p=top_p, vocab_size=tokenizer.vocab_size,
-                     uniforms=torch.from_numpy(uniforms.astype(np.float32)), compiled=compile)
+how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=tokenizer.vocab_size,
+           uniforms=torch.from_numpy(uniforms.astype(np.float32)))
+if fast:
+    steps = fast.stream(model, prompt, max_new_tokens, **how, compiled=compile, spare=free - needed)
+else:
+    steps = model.stream(prompt, max_new_tokens, **how)
 
 
 def until_stop(text):

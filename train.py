@@ -10,17 +10,15 @@ On several nodes, the same command on each, with its own --node_rank and the add
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
 """
 
-import gc
-
-gc.disable()  # while modules are imported here and in section 1: garbage collection takes a fifth of that time
-
+try:
+    import fast  # the same numbers, sooner: nothing below needs it
+except ImportError:
+    fast = None
 import contextlib
-import datetime
 import math
 import os
 import signal
 import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -28,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as ckpt
 from data.bins import Bins, draw
-from data.runlog import RunLog, versions
-from model import GPT, PUBLISHED, GPTConfig, captured, cosine_lr, resolve
+from data.runlog import RunLog, Stopwatch, versions
+from model import GPT, PUBLISHED, GPTConfig
 
-# -- knobs ----------------------------------------------------------------------------------------------------------
+# -- options --------------------------------------------------------------------------------------------------------
 
 out_dir = 'out'  # checkpoints and log.jsonl go here
 eval_interval = 2000  # updates from one evaluation, and save, to the next
@@ -70,7 +68,7 @@ seed = 1337  # everything random follows from it and the step
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests look in from here, once an update
 
-# -- 1 runtime: ranks, device, precision, seed ----------------------------------------------------------------------
+# -- 1 the machine: ranks, device, precision, seed ------------------------------------------------------------------
 
 ddp = 'RANK' in os.environ  # started by torchrun
 rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
@@ -78,64 +76,45 @@ world_size = int(os.environ.get('WORLD_SIZE', 1))
 first = rank == 0  # this process prints, logs and saves
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
-problems = [message for bad, message in [
-    (not dataset, 'dataset= is empty: name a folder in data/, or a path to one'),
-    (batch_size < 1, f'batch_size={batch_size} must be at least 1'),
-    (gradient_accumulation_steps < 1, f'gradient_accumulation_steps={gradient_accumulation_steps} must be at least 1'),
-    (gradient_accumulation_steps % world_size,
-     f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes'),
-    (eval_interval < 1, f'eval_interval={eval_interval} must be at least 1'),
-    (log_interval < 1, f'log_interval={log_interval} must be at least 1'),
-    (eval_iters < 1, f'eval_iters={eval_iters} must be at least 1'),
-    (max_iters < 0, f'max_iters={max_iters} must not be negative'),
-    (not 0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0'),
-    (not 0 <= min_lr < math.inf, f'min_lr={min_lr} must be finite and not negative'),
-    (warmup_iters < 0, f'warmup_iters={warmup_iters} must not be negative'),
-    (not 0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must be finite and not negative'),
-    (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1} and beta2={beta2} must lie in [0, 1)'),
-    (not grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off'),
-    (init_from not in ('scratch', 'resume', *PUBLISHED) and not os.path.isfile(os.path.join(init_from, 'config.json')),
-     f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json'),
-    (backend not in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo'),
-    (not 0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63'),
-] if bad]
-try:
-    GPTConfig(**shape)
-except ValueError as e:
-    problems += e.args
-try:
-    device, dtype = resolve(device, dtype)
-except ValueError as e:
-    problems += e.args
-if problems:
-    fail(*problems)
+need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
+at_least(1, 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters')
+at_least(0, 'max_iters', 'warmup_iters', 'weight_decay', 'min_lr', 'seed')
+need(gradient_accumulation_steps % world_size == 0,
+     f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
+need(0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0')
+need(0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must lie in [0, 1)')
+need(grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off')
+need(init_from in ('scratch', 'resume', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
+     f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json')
+need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
+fits(GPTConfig, **shape)
+device, dtype = resolve(device, dtype)
+end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
 if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream())  # DDP stays on it, and the default stream cannot be captured
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
-torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit; imports the compiler
-gc.freeze()  # what has been imported is no garbage: looking through it takes 0.3 s each time
-gc.enable()
+torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
 torch.utils.deterministic.fill_uninitialized_memory = False
-autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, getattr(torch, dtype))
+number_format = getattr(torch, dtype)
+autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, number_format)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 if first:
     print(f'device {device}, dtype {dtype}, processes {world_size}')
     print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
-# -- 2 data and out_dir ---------------------------------------------------------------------------------------------
+# -- 2 data and model: scratch, resume, gpt2 ------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
 if first and not eval_only and init_from != 'resume':
-    ckpt.claim(out_dir)
+    ckpt.claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 
 
 def to_device(tensor):
@@ -143,24 +122,14 @@ def to_device(tensor):
     return tensor.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else tensor.to(device)
 
 
-# -- 3 model: scratch, resume, gpt2 ---------------------------------------------------------------------------------
-
-iter_num, best_val_loss, resumed = 0, math.inf, None  # iter_num: updates done, so the index of the next one
+iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
 try:
     if init_from == 'scratch':
-        vocab_size = 50304 if bins.tokenizer == 'gpt2' else bins.vocab_size
-        raw_model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
+        raw_model = GPT(GPTConfig(**shape, vocab_size=50304 if bins.tokenizer == 'gpt2' else bins.vocab_size))
     elif init_from == 'resume':
-        resumed = ckpt.newest(out_dir)
-        if resumed is None:
-            fail(f'init_from=resume: no ckpt.pt or last.pt in out_dir={out_dir}; {ckpt.earlier(out_dir)}start with '
-                 '--init_from=scratch')
-        if (stored := resumed['model_args'].get('block_size', block_size)) != block_size:
-            fail(f'block_size={block_size}, but the checkpoint has {stored}: resume with --block_size={stored}')
-        for line in ckpt.differences(resumed, config) if first else ():
-            print(line)
-        raw_model = GPT.from_checkpoint(resumed, dropout=dropout)
-        iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
+        stored = ckpt.to_resume(out_dir, config, say=print if first else None)
+        raw_model = GPT.from_checkpoint(stored, dropout=dropout)
+        iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
     else:
         raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
         if block_size != raw_model.config.block_size:
@@ -170,47 +139,115 @@ except ValueError as e:
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
-if resumed and resumed.get('codec', bins.state) != bins.state:
+if stored and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
-if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=init_from != 'resume')):
+if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=not stored)):
     print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
 if first:
     print(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 
-# -- 4 optimizer, compile, DDP --------------------------------------------------------------------------------------
+# -- 3 optimizer, fast parts, compile, data parallel ----------------------------------------------------------------
 
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-if resumed:  # moments and steps from the file, every hyperparameter from the knobs
-    if misfit := ckpt.misfit(optimizer, resumed.get('optimizer')):
-        fail(f'the optimizer state of the checkpoint in out_dir={out_dir} does not fit its model: {misfit}')
-    groups = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict({'state': resumed['optimizer']['state'], 'param_groups': groups})
-    if scaler.is_enabled() and resumed.get('scaler'):
-        scaler.load_state_dict(resumed['scaler'])
-    resumed = True  # its tensors live in model and optimizer now
+resumed = stored is not None
+if resumed:  # moments and steps from the file, hyperparameters from the options
+    try:
+        ckpt.restore(optimizer, scaler, stored)
+    except ValueError as e:
+        fail(*e.args)
+    stored = None  # its tensors live in model and optimizer now
 if compile:
     try:
         tried = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device))
         compile = tried.item() == 1  # 0 with TORCHDYNAMO_DISABLE=1
-        # cut the graph for DDP: a piece's gradients are exchanged while the backward pass of those before it goes on.
-        # With dropout it stays whole, since masks depend on the cuts and must not depend on the number of processes
-        torch._dynamo.config.optimize_ddp = dropout == 0
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         if first:
             print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# the order: compile raw_model, DDP around that; evaluation calls raw_model, where one compiled block serves for all
-model = torch.compile(raw_model, dynamic=False) if compile else raw_model
-for block in raw_model.transformer.h if compile else ():
-    block.compile(dynamic=False)
-if ddp:
-    # the MB of gradients in a piece of a compiled graph: few large ones, since each cut costs time
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250 if compile else None)
+# flat: all gradients are pieces of one tensor, which stays, and which fast.py exchanges between ranks
+flat = fast is not None and fast.for_training(raw_model, number_format, compile, not eval_only and (
+    not ddp or backend == 'nccl'))
+if compile:  # piece by piece: one graph serves all blocks, so that it is ready in a fraction of the time
+    for block in raw_model.transformer.h:
+        block.compile(dynamic=False)
+    raw_model.embed = torch.compile(raw_model.embed, dynamic=False)
+    raw_model.score = torch.compile(raw_model.score, dynamic=False)
+model = raw_model
+if ddp and not flat:
+    model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
 
-# -- 5 evaluate, save -----------------------------------------------------------------------------------------------
+# -- 4 one update ---------------------------------------------------------------------------------------------------
+
+micro_steps = gradient_accumulation_steps // world_size
+loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
+
+
+def forward_backward(x, y):
+    """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
+    with autocast():
+        loss = model(x, y)[1]
+    scaler.scale(loss / micro_steps).backward()
+    loss_sum.add_(loss.detach() / micro_steps)
+
+
+def clip_and_step():
+    """Clip gradients, update parameters, clear gradients; returns the norm from before."""
+    if flat:
+        fast.finish_gradients(raw_model)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=not flat)
+    if flat:
+        fast.renew_copies(raw_model)
+    return norm
+
+
+# small kernels wait for their launch; replayed as a CUDA graph they hardly do. Large ones need no help
+work = raw_model.flops_per_token() * batch_size * block_size
+capture = flat and work < 2e13 and not scaler.is_enabled()  # float16's scaler waits for the device
+micro_step, finish_update = forward_backward, clip_and_step
+if capture:
+    for group in optimizer.param_groups:
+        group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
+    # the first update runs as it is: it compiles, and makes the optimizer's state
+    micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
+    finish_update = fast.captured(clip_and_step, torch.device(device))
+
+
+def update(step):
+    """All micro-steps of one update, then the update; returns the norm of the gradient, on the device."""
+    loss_sum.zero_()
+    for m in range(micro_steps):
+        row = m * world_size + rank
+        x, y = bins.train_batch(seed, step, row, gradient_accumulation_steps, batch_size)
+        if dropout > 0:
+            torch.manual_seed(int(draw(1, seed, 'dropout', step, row)[0]))
+        if model is not raw_model:  # DistributedDataParallel: gradients are exchanged in the last backward pass
+            model.require_backward_grad_sync = m == micro_steps - 1
+        micro_step(to_device(x), to_device(y))
+    if flat:
+        fast.exchange_gradients(raw_model)
+    return finish_update().clone()
+
+
+def lr_at(step):
+    """Learning rate of an update: linear warm-up, half a cosine down to min_lr (Loshchilov and Hutter 2016)."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    done = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+
+
+# -- 5 evaluate, save, stop -----------------------------------------------------------------------------------------
 
 
 def mean_over_ranks(*values):
@@ -233,7 +270,7 @@ def evaluate():
         sums[split] = torch.zeros((), device=device)
         for x, y, n in bins.eval_batches(split, count, rows, rank, world_size):
             with autocast():
-                sums[split] += n * raw_model(to_device(x), to_device(y), keep_logits=False)[1]
+                sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
     return {split: total * world_size / count for split, total in zip(sums, mean_over_ranks(*sums.values()))}
 
@@ -255,13 +292,8 @@ def save(name):
             os.remove(os.path.join(out_dir, 'last.pt'))
 
 
-def lr_at(step):
-    """Learning rate of an update."""
-    return cosine_lr(step, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
-
-
-def part():
-    """End the process group, all ranks together: gloo's threads, too, must be done before Python itself ends."""
+def leave_together():
+    """End the process group, all ranks at once: gloo's threads must be done before Python itself ends."""
     if ddp:
         dist.barrier()
         dist.destroy_process_group()
@@ -269,76 +301,16 @@ def part():
 
 def check_finite(*losses):
     """End the run on all ranks, before anything is saved, if a gradient since last time or a loss is not finite."""
-    steps = range(iter_num - len(norms), iter_num)
-    values = dict(zip(steps, torch.stack(norms).tolist() if norms else ()))
+    values = dict(zip(range(iter_num - len(norms), iter_num), torch.stack(norms).tolist() if norms else ()))
     norms.clear()
     # float16 skips an update with such a gradient and lowers its loss scale; normal as long as that stays above 1
     bad = [step for step, norm in values.items() if not (math.isfinite(norm) or scaler.is_enabled())]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
-        part()
+        leave_together()
         sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                  f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
 
-
-# -- 6 an update ----------------------------------------------------------------------------------------------------
-
-micro_steps = gradient_accumulation_steps // world_size
-loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
-
-
-def forward_backward(x, y):
-    """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
-    with autocast():
-        _, loss = model(x, y, keep_logits=False)
-    scaler.scale(loss / micro_steps).backward()
-    loss_sum.add_(loss.detach() / micro_steps)
-
-
-def clip_and_step():
-    """Finish and clip gradients, update parameters and their copies, clear gradients; returns the norm from before."""
-    if copies:
-        raw_model.unfold_gradients()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=not (capture or copies))
-    if copies:
-        raw_model.copy_weights(getattr(torch, dtype))
-    return norm
-
-
-accumulate = forward_backward  # the micro-steps that exchange no gradients
-# small kernels wait for their launch; replayed as one CUDA graph they hardly do. Large ones need no help, float16's
-# scaler waits for the device, an exchange in a graph could hang unnoticed, and on AMD one beside a capture breaks it
-work = raw_model.flops_per_token() * batch_size * block_size
-capture = device_type == 'cuda' and work < 2e13 and not scaler.is_enabled() and not (
-    ddp and (micro_steps == 1 or torch.version.hip))  # pytorch #177309
-# compiled steps in 16 bits read copies of the weights, and add to gradients that are there
-copies = compile and dtype != 'float32' and not eval_only and raw_model.copy_weights(getattr(torch, dtype))
-for p in raw_model.parameters() if copies else ():
-    p.grad = torch.zeros_like(p)
-if capture:
-    for group in optimizer.param_groups:
-        group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # the first update compiles and makes the optimizer's state. A graph holds addresses, and DDP moves the gradients
-    # into its buckets in the first update, and into others, ordered anew, in the second
-    updates = 1 + ddp
-    accumulate = captured(forward_backward, torch.device(device), warm=updates * (micro_steps - ddp))
-    clip_and_step = captured(clip_and_step, torch.device(device), warm=updates)
-
-# -- 7 the loop -----------------------------------------------------------------------------------------------------
-
-finished = bool(resumed) and iter_num >= max_iters and not eval_only
-if finished and first:
-    print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
-header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
-          'capture': capture, 'processes': world_size,
-          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
-writes = first and not (eval_only or finished)
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if writes else None, header, resumed_at=iter_num,
-             wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 
 signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
 
@@ -351,56 +323,49 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+# -- 6 the loop -----------------------------------------------------------------------------------------------------
+
+finished = resumed and iter_num >= max_iters and not eval_only
+if finished and first:
+    print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
+header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
+          'capture': capture, 'processes': world_size,
+          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if first and not (eval_only or finished) else None, header,
+             resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
-
 norms = []  # gradient norms since check_finite, on the device
-mfu, eval_time = -1.0, 0.0
-started_at, saved_at = iter_num, iter_num if resumed else 0
-logged_at, spent, clock = iter_num, 0.0, time.perf_counter()  # trained since the last log line: spent + now - clock
+saved_at = iter_num if resumed else 0
+watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
 
 while not finished:
     lr = lr_at(iter_num)
     for group in optimizer.param_groups:
-        if capture:
-            group['lr'].fill_(lr)  # the graph reads this very tensor
-        else:
-            group['lr'] = lr
+        group['lr'] = group['lr'].fill_(lr) if capture else lr  # the graph reads this very tensor
 
-    # evaluate and save; the time this takes is not training time
+    # evaluate and save
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
         check_finite()
-        spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-        losses = evaluate()
-        check_finite(*losses.values())
-        if first:
-            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        if eval_only:
-            break
-        log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                             'mfu': 100 * mfu})
-        improved = losses['val'] < best_val_loss
-        best_val_loss = min(losses['val'], best_val_loss)
-        if iter_num > saved_at or (improved and resumed):  # or a signal had it saved as last.pt before it was evaluated
-            save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
-            saved_at = iter_num
-        eval_time, clock = time.perf_counter() - clock, time.perf_counter()
+        with watch.paused():
+            losses = evaluate()
+            check_finite(*losses.values())
+            if first:
+                print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            if eval_only:
+                break
+            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                                 'mfu': 100 * watch.mfu})
+            improved = losses['val'] < best_val_loss
+            best_val_loss = min(losses['val'], best_val_loss)
+            if iter_num > saved_at or (improved and resumed):  # a signal may have saved it before it was evaluated
+                save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
+                saved_at = iter_num
     if iter_num >= max_iters:
         break
 
-    # one update from all micro-steps
-    loss_sum.zero_()
-    for m in range(micro_steps):
-        row = m * world_size + rank
-        x, y = bins.train_batch(seed, iter_num, row, gradient_accumulation_steps, batch_size)
-        if dropout > 0:
-            torch.manual_seed(int(draw(1, seed, 'dropout', iter_num, row)[0]))
-        exchange = ddp and m == micro_steps - 1  # gradients are exchanged in the last backward pass
-        if ddp:
-            model.require_backward_grad_sync = exchange
-        (forward_backward if exchange else accumulate)(to_device(x), to_device(y))
-    norms.append(clip_and_step().clone())
+    norms.append(update(iter_num))
     iter_num += 1
     on_step(iter_num, raw_model)
 
@@ -410,15 +375,10 @@ while not finished:
         norm = float(norms[-1])
         loss, stop = mean_over_ranks(loss_sum, float(bool(signals)))
         check_finite(loss)
-        dt = (spent + time.perf_counter() - clock) / (iter_num - logged_at)
-        logged_at, spent, clock = iter_num, 0.0, time.perf_counter()
-        if iter_num - started_at > 5:  # the first few are slower: compilation, caches
-            now = raw_model.estimate_mfu(batch_size * micro_steps, dt)
-            mfu = now if mfu < 0 else 0.9 * mfu + 0.1 * now
-        left = datetime.timedelta(seconds=int((max_iters - iter_num) * (dt + eval_time / eval_interval)))
+        dt = watch.lap(iter_num)
         if first:
-            print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s' + (f', {left} left' if iter_num - started_at > 1 else ''))
+            print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
+                  f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
     if stop:
         check_finite()
@@ -429,4 +389,4 @@ while not finished:
         break
 
 log.close()
-part()
+leave_together()

@@ -6,6 +6,7 @@ import os
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -133,7 +134,7 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
 
 
 def differences(checkpoint: dict, config: dict) -> list[str]:
-    """What a run's knobs say otherwise than the checkpoint it resumes, a line each; the model's shape is the file's."""
+    """What a run's options say otherwise than the checkpoint it resumes, a line each; the shape is the file's."""
     shape = {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
     lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
              for key, value in shape.items() if value != config[key]]
@@ -172,3 +173,33 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     except OSError as e:
         raise DataError(f'out_dir={folder} cannot be written ({e.strerror}): choose another with --out_dir') from e
     return moved
+
+
+def to_resume(folder: str, config: dict, say: Callable | None) -> dict:
+    """
+    The checkpoint of an out_dir that is further on, for a run with the options `config`; `say` gets a line for each option
+    that differs. Raises ValueError, or DataError if a file is damaged.
+    """
+    found, wanted = newest(folder), config['block_size']
+    if found is None:
+        raise ValueError(f'init_from=resume: no ckpt.pt or last.pt in out_dir={folder}; {earlier(folder)}start with '
+                         '--init_from=scratch')
+    if (stored := found['model_args'].get('block_size', wanted)) != wanted:
+        raise ValueError(f'block_size={wanted}, but the checkpoint has {stored}: resume with --block_size={stored}')
+    if say:
+        for line in differences(found, config):
+            say(line)
+    return found
+
+
+def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
+    """
+    Give the optimizer its moments and steps, and the scaler its scale, from a checkpoint; hyperparameters stay as they
+    are. Raises ValueError if the optimizer's state does not fit its parameters.
+    """
+    if problem := misfit(optimizer, checkpoint.get('optimizer')):
+        raise ValueError(f'the optimizer state of the checkpoint does not fit its model: {problem}')
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({'state': checkpoint['optimizer']['state'], 'param_groups': groups})
+    if scaler.is_enabled() and checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])

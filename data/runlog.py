@@ -1,9 +1,13 @@
-"""What a run says about itself: log.jsonl in its out_dir, and wandb if asked for, behind one object."""
+"""What a run says about itself: its times, log.jsonl in its out_dir, and wandb if asked for."""
 
+import contextlib
+import datetime
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 from data import writing
 
@@ -81,3 +85,41 @@ def _start_wandb(settings: dict, config: dict):
                'WANDB_MODE=offline needs neither key nor network')
     print(f'{why}. The run is logged to log.jsonl only.')
     return None
+
+
+class Stopwatch:
+    """
+    The time that updates take, from update `iter_num` on, without what happens while it is paused. `mfu_of` gives the
+    model FLOPs utilisation that belongs to so many seconds an update; `mfu` is its running mean, -1.0 at first.
+    """
+
+    def __init__(self, iter_num: int, mfu_of: Callable[[float], float]):
+        self.started_at, self.lap_at, self.mfu_of = iter_num, iter_num, mfu_of
+        self.mfu, self.dt, self.pause = -1.0, 0.0, 0.0
+        self.spent, self.since = 0.0, time.perf_counter()  # seconds of this lap before `since`, and when that is
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count; `pause` is how long it took the last time."""
+        began = time.perf_counter()
+        self.spent += began - self.since
+        yield
+        self.since = time.perf_counter()
+        self.pause = self.since - began
+
+    def lap(self, iter_num: int) -> float:
+        """Seconds an update, mean of those since the last lap."""
+        now = time.perf_counter()
+        self.dt = (self.spent + now - self.since) / (iter_num - self.lap_at)
+        self.lap_at, self.spent, self.since = iter_num, 0.0, now
+        if iter_num - self.started_at > 5:  # the first few are slower: compilation, caches
+            mfu = self.mfu_of(self.dt)
+            self.mfu = mfu if self.mfu < 0 else 0.9 * self.mfu + 0.1 * mfu
+        return self.dt
+
+    def left(self, max_iters: int, eval_interval: int) -> str:
+        """How long the rest will take, for the end of a log line; nothing yet after the first update."""
+        if self.lap_at - self.started_at <= 1:
+            return ''
+        seconds = (max_iters - self.lap_at) * (self.dt + self.pause / eval_interval)
+        return f', {datetime.timedelta(seconds=int(seconds))} left'

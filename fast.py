@@ -1,0 +1,727 @@
+"""
+The same numbers, sooner. Delete this file and every script still runs, on model.py alone.
+
+The scripts import it before torch and come in by these doors; model.py knows nothing of it:
+
+    for_training(model, ...)     parts of the model change class; their parameters, and the names of those, stay
+    exchange_gradients(model)    after the last backward pass of an update, where several ranks share it
+    finish_gradients(model)      then, before the norm of the gradients is taken
+    renew_copies(model)          after the optimizer's step
+    captured(function, device)   a function of fixed shapes as one CUDA graph
+    loading()                    while a model is built around weights that exist
+    stream(model, ...)           GPT.stream, token for token
+
+The ladder, one line a part: for whom, and what it gains there (tests/README.md has the table and its command):
+
+LADDER
+
+Every class below names its plain twin, and a test holds the two together.
+"""
+
+import gc
+
+gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, Block, CausalSelfAttention, KVCache, sample_ids
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of torch without CUDA
+    triton = None
+
+left_out: set[str] = set()  # parts to do without, by name: bench.py --without=... measures what each of them gains
+
+
+def become(module: nn.Module, kind: type) -> None:
+    """Make a module one of another class, which takes over its parameters as they are."""
+    if kind.__name__ not in left_out:
+        module.__class__ = kind
+
+
+# -- training: parts that take the place of plain ones ----------------------------------------------------------------
+
+def for_training(model: GPT, dtype: torch.dtype, compiled: bool, gradients: bool) -> bool:
+    """
+    Exchange the parts of a model that have a faster twin for training on its device, under autocast to `dtype`; its
+    blocks are about to be compiled, or not. With `gradients`, and on CUDA, all gradients become pieces of one tensor:
+    then returns True, they must be set to zero and never to None, and the other doors for training are to be used.
+    """
+    device, cpu_twins = model.lm_head.weight.device, {nn.Dropout: CPUDropout, CausalSelfAttention: CPUAttention}
+    cuda = device.type == 'cuda'
+    wanted = {FusedLoss: cuda and (compiled or triton_works(device)), BFloat16Stream: dtype == torch.bfloat16}
+    parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
+    model.__class__ = type('FastGPT', (*parts, GPT), {})
+    if device.type == 'cpu':
+        for module in model.modules():
+            if type(module) in cpu_twins:
+                become(module, cpu_twins[type(module)])
+    if not cuda:
+        return False
+    if compiled and dtype.itemsize == 2:
+        for block in model.transformer.h:
+            if block.mlp.act.approximate == 'none':
+                become(block.mlp.act, PolynomialGELU)
+    if gradients:
+        flatten_gradients(model)
+        if dtype.itemsize == 2 and adds_products() and 'AddingLinear' not in left_out:
+            add_gradients(model, dtype)
+    return gradients
+
+
+class BFloat16Stream(GPT):
+    """GPT, whose activations between the blocks are bfloat16 under autocast, too: half the traffic."""
+
+    def embed(self, idx: torch.Tensor, start: int = 0) -> torch.Tensor:
+        x = super().embed(idx, start)
+        return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x
+
+
+class CPUDropout(nn.Dropout):
+    """nn.Dropout, which draws 16 random bits an element, four elements at once: a fifth of the time on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.p > 0):
+            return x
+        bits = torch.randint(-1 << 63, (1 << 63) - 1, (-(-x.numel() // 4),)).view(torch.int16)
+        dropped = min(round(self.p * (1 << 16)), (1 << 16) - 1)  # of the 1 << 16 values
+        kept = bits[:x.numel()].view(x.shape) >= dropped - (1 << 15)
+        return x * kept.to(x.dtype).mul_((1 << 16) / ((1 << 16) - dropped))
+
+
+class CPUAttention(CausalSelfAttention):
+    """CausalSelfAttention, written out where torch has no fast kernel: training with dropout, or short in bfloat16."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        T = q.size(2)
+        if not self.training or (self.attn_dropout.p == 0 and (q.dtype != torch.bfloat16 or T > 256)):
+            return super().attend(q, k, v)
+        with torch.autocast('cpu', enabled=False):
+            later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+            weights = (q * q.size(3) ** -0.5 @ k.transpose(2, 3) + later).softmax(-1)
+            return self.attn_dropout(weights) @ v
+
+
+class GELUByPolynomial(torch.autograd.Function):
+    """
+    The exact GELU, x Phi(x), in 16 bits. A GPU computes erf more slowly than it reads and writes x, so 1 - Phi(|x|) is
+    a power of two whose exponent is a polynomial: relative error below 1e-5 up to |x| = 6, where 1 + erf has no digit
+    left. torch.compile makes one kernel of each pass.
+    """
+
+    @staticmethod
+    def upper_tail(z: torch.Tensor) -> torch.Tensor:
+        """1 - Phi(z) for z >= 0; the coefficients are a minimax fit on [0, 6]."""
+        power = -1.7937791e-6 * z + 6.0726135e-5
+        for coefficient in (-9.2318554e-4, 8.4768466e-3, -5.3890937e-2, -0.45854159, -1.1512144, -1.0):
+            power = power * z + coefficient
+        return power.exp2()
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        z = x.float().abs()
+        return (x.float().relu() - z * GELUByPolynomial.upper_tail(z)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        x = ctx.saved_tensors[0].float()
+        tail = GELUByPolynomial.upper_tail(x.abs())
+        density = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+        return (grad.float() * (torch.where(x > 0, 1 - tail, tail) + x * density)).to(grad.dtype)
+
+
+class PolynomialGELU(nn.GELU):
+    """nn.GELU(), compiled and in 16 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return GELUByPolynomial.apply(x)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """
+    F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). One Triton kernel
+    turns the logits into their gradient where they stand, and nothing else of their size is ever held. The gradient of
+    weight is added to `total`, if there is one, and else returned.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                total: torch.Tensor | None) -> torch.Tensor:
+        logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
+        lanes = min(2048, max(32, triton.next_power_of_2(logits.size(1)) // 8))
+        loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), lanes,
+                             num_warps=max(1, lanes // 64))
+        n = (targets != -1).sum().view(1)
+        ctx.save_for_backward(logits, x, weight, n)
+        ctx.total = total
+        return losses.sum() / n[0]
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        grad, x, weight, n = ctx.saved_tensors  # grad: softmax less one-hot, n times the gradient of the logits
+        scale = scale / n  # float32, of one dimension: the products below round once
+        scaled = x.clone().mul_(scale)
+        of_weight = None
+        if ctx.total is None:
+            of_weight = grad.t() @ scaled
+        else:
+            add_product(ctx.total, grad, scaled)
+        return (grad @ weight).mul_(scale), of_weight, None, None
+
+
+class FusedLoss(GPT):
+    """GPT, whose score() is FusedCrossEntropy where there are targets; it has no logits left to return."""
+
+    def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[None, torch.Tensor]:
+        if targets is None:
+            return super().score(x)
+        x, head = self.transformer.ln_f(x), self.lm_head
+        if type(head) is AddingLinear:
+            weight, total = head.weight16, head.weight.grad
+        else:
+            autocast = torch.is_autocast_enabled('cuda')
+            weight, total = head.weight.to(torch.get_autocast_dtype('cuda') if autocast else x.dtype), None
+        return None, FusedCrossEntropy.apply(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
+
+
+# -- training: one tensor of gradients --------------------------------------------------------------------------------
+
+def flatten_gradients(model: GPT) -> None:
+    """Make the gradient of every parameter a piece of one float32 tensor of zeros, `model.gradients`."""
+    params = list(model.parameters())
+    sizes = [-(-p.numel() // 64) * 64 for p in params]  # pieces begin where matmuls like them to
+    model.gradients = torch.zeros(sum(sizes), device=params[0].device)
+    for p, piece in zip(params, model.gradients.split(sizes)):
+        p.grad = piece[:p.numel()].view_as(p)
+
+
+def exchange_gradients(model: GPT) -> None:
+    """Make the gradients the mean of those of all ranks, by one all-reduce: what DistributedDataParallel does."""
+    if dist.is_initialized():
+        dist.all_reduce(model.gradients, dist.ReduceOp.AVG)
+
+
+# Autograd would write the gradient of a weight in 16 bits, cast it to 32 and add it to .grad: three times the traffic
+# of one matmul that adds. So Linears read a copy of their weight in 16 bits, which is made once an update, and their
+# backward pass adds to weight.grad itself. A LayerNorm without bias in front of a Linear leaves its weight to that
+# copy, weight * norm.weight then: so no micro-step has to sum the gradient of norm.weight over all tokens.
+
+def adds_products() -> bool:
+    """Whether add_product works: it needs cuBLAS, and a compiler that lets a backward pass change what is given."""
+    return bool(torch.version.cuda) and torch.__version__ >= '2.11'
+
+
+@torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a.T @ b in one matmul; total: (N, K) in float32, a: (M, N) and b: (M, K) in 16 bits."""
+    torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+
+
+def add_gradients(model: GPT, dtype: torch.dtype) -> None:
+    """Let the Linears of a model, and its embeddings, add to their gradients by themselves."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = AddingLinear
+            module.weight16, module.norm = torch.empty_like(module.weight, dtype=dtype), None
+        elif type(module) is nn.Embedding:
+            module.__class__ = AddingEmbedding
+    for block in model.transformer.h:
+        for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+            if norm.bias is None and 'FoldedLayerNorm' not in left_out:
+                norm.__class__, layer.norm = FoldedLayerNorm, norm
+    renew_copies(model)
+
+
+@torch.no_grad()
+def renew_copies(model: GPT) -> None:
+    """Copy the weights of AddingLinears in 16 bits, each times the weight of the LayerNorm that was folded into it."""
+    for layer in model.modules():
+        if type(layer) is AddingLinear:
+            torch.mul(layer.weight, layer.norm.weight if layer.norm else 1, out=layer.weight16)
+
+
+@torch.no_grad()
+def finish_gradients(model: GPT) -> None:
+    """By the product rule, make of the gradient of weight * norm.weight, in weight.grad, those of its factors."""
+    for layer in model.modules():
+        if type(layer) is AddingLinear and layer.norm:
+            torch.sum(layer.weight * layer.weight.grad, 0, out=layer.norm.weight.grad)
+            layer.weight.grad.mul_(layer.norm.weight)
+
+
+class AddingLinear(nn.Linear):
+    """nn.Linear by weight16, which is no buffer, since no checkpoint should hold it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = AddProduct.apply(x.to(self.weight16.dtype), self.weight16, self.weight.grad)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class AddingEmbedding(nn.Embedding):
+    """nn.Embedding."""
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return AddRows.apply(idx, self.weight, self.weight.grad)
+
+
+class FoldedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm but for its weight, which the next Linear applies."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape)
+
+
+class AddProduct(torch.autograd.Function):
+    """x @ weight16.T, (..., K) and (N, K) in 16 bits; the gradient of the weight, in float32, is added to total."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight16: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight16)
+        ctx.total = total  # save_for_backward would refuse what another layer has changed by then
+        return x @ weight16.t()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, weight16 = ctx.saved_tensors
+        add_product(ctx.total, grad.flatten(0, -2), x.flatten(0, -2))
+        return grad @ weight16, None, None
+
+
+class AddRows(torch.autograd.Function):
+    """
+    weight[idx], (N, K) -> (*idx.shape, K); the gradient of weight is added to total. weight is an argument only so that
+    autograd goes this way at all: it gets nothing from here.
+    """
+
+    @staticmethod
+    def forward(ctx, idx: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(idx)
+        ctx.total = total
+        return weight[idx]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None]:
+        ctx.total.index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, -2))
+        return None, None, None
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+def captured(function: Callable, device: torch.device, warm: int = 1) -> Callable:
+    """
+    The function, which runs as it is for `warm` calls and from then on is replayed as one CUDA graph: tensors given to
+    it are copied into the graph's own; what it returns is the graph's own, too, and changes with the next call. Shapes
+    are fixed, and the function must not wait for the device. On other devices it stays what it is.
+    """
+    if device.type != 'cuda' or 'captured' in left_out:
+        return function
+    graph, inputs, result = None, None, None
+
+    def call(*args):
+        nonlocal warm, graph, inputs, result
+        if warm:
+            warm -= 1
+            return function(*args)
+        if graph is None:
+            graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(graph):
+                result = function(*inputs)
+        for mine, given in zip(inputs, args):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return result
+
+    return call
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+class loading(torch.overrides.TorchFunctionMode):
+    """Meanwhile modules get no initial values, which would be replaced; on the meta device those cost a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if getattr(func, '__module__', '') != 'torch.nn.init' else None
+
+
+@torch.inference_mode()
+def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float = 1.0, vocab_size: int | None = None, uniforms: torch.Tensor | None = None,
+           compiled: bool = False, spare: int = 0) -> Iterator[torch.Tensor]:
+    """
+    GPT.stream. On CUDA all state stays on the device, and a step is captured once and replayed. `compiled` is for steps
+    past block_size, on a CPU for all of them. On a CPU copies of the weights may take `spare` bytes.
+    """
+    (B, T), S, device = idx.shape, model.config.block_size, idx.device
+    if uniforms is None:
+        uniforms = torch.rand(B, max_new_tokens)
+    u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
+    out = F.pad(idx.long(), (0, max_new_tokens)).T.contiguous()
+    at = torch.tensor([T - 1], device=device)  # where in `out` the last token stands
+    kernels, size = triton_works(device) and 'token_kernels' not in left_out, min(S, T + max_new_tokens)
+    caches = [GraphCache(size) if kernels else KVCache(size) for _ in model.transformer.h]
+    forward = model.forward
+    if compiled:
+        # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
+        forward = torch.compile(forward, options={'coordinate_descent_tuning': True} if device.type == 'cuda' else None)
+
+    def put(logits: torch.Tensor) -> None:
+        at.add_(1)
+        now = u.index_select(0, at)[0]  # (B,)
+        out.index_copy_(0, at, draw(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
+
+    def read_prompt() -> None:
+        put(model(out[:T].T[:, -S:], caches=caches if T <= S else None)[0])
+
+    def read_token() -> None:
+        new = out.index_select(0, at).T  # (B, 1)
+        put(forward_token(model, new, caches, at) if kernels else forward(new, caches=caches)[0])
+
+    def read_window() -> None:  # past block_size every position shifts, so nothing of the caches stays true
+        put(forward(out.index_select(0, torch.arange(1 - S, 1, device=device) + at).T)[0])
+
+    if kernels:  # otherwise the number of keys grows, and no two steps are alike
+        read_token = captured(read_token, device)
+    read_window = captured(read_window, device)
+    with decoding(model, B, spare if not compiled and max_new_tokens >= 32 else 0):
+        for t in range(T, T + max_new_tokens):  # out[t] is drawn in this round
+            (read_prompt if t == T else read_token if t <= S else read_window)()
+            yield out[t]
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
+    """sample_ids, by two kernels where there is no top_p."""
+    if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'sample_kernel' in left_out:
+        return sample_ids(logits, u, temperature, top_k, top_p)
+    return sample_fused(logits, u, temperature, min(top_k or logits.size(-1), logits.size(-1)))
+
+
+class GraphCache(KVCache):
+    """KVCache for forward_token, which is told by a tensor on the device how much of it is filled."""
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep those of a prompt."""
+        (B, nh, self.length, hs) = k.shape
+        self.kv = k.new_zeros(2, B, nh, self.size, hs)
+        self.kv[0, :, :, :self.length], self.kv[1, :, :, :self.length] = k, v
+        return k, v
+
+
+def forward_token(model: GPT, idx: torch.Tensor, caches: list[GraphCache], at: torch.Tensor) -> torch.Tensor:
+    """GPT.forward for one more token, idx (B, 1), at position `at` (1,), with the kernels below: (B, 1, V)."""
+    x = model.transformer.wte(idx) + model.transformer.wpe(at)  # (B, 1, C)
+    for block, cache in zip(model.transformer.h, caches):
+        qkv = linear_token(x, block.attn.c_attn, norm=block.ln_1).view(len(x), 1, 3, model.config.n_head, -1)
+        x = linear_token(attend_token(qkv, cache.kv, at).flatten(2), block.attn.c_proj, add=x)
+        x = linear_token(linear_token(x, block.mlp.c_fc, norm=block.ln_2, gelu=model.config.gelu), block.mlp.c_proj,
+                         add=x)
+    return linear_token(x, model.lm_head, norm=model.transformer.ln_f)
+
+
+@contextlib.contextmanager
+def decoding(model: GPT, rows: int, spare: int) -> Iterator[None]:
+    """
+    Meanwhile the last block computes the last position only and, on a CPU, Linears run in oneDNN, for as many `rows` at
+    a time; if there are `spare` bytes for it, on copies of their weights in its own order. The weights must not change.
+    """
+    changed = [(model.transformer.h[-1], LastBlock)] * ('LastBlock' not in left_out)
+    if model.lm_head.weight.is_cpu and torch.backends.mkldnn.is_available() and 'OneDNNLinear' not in left_out:
+        changed += [(m, OneDNNLinear) for m in model.modules() if type(m) is nn.Linear and OneDNNLinear.pays(m.weight)]
+    if model.lm_head.weight.is_cpu and 'kept_memory' not in left_out:
+        # glibc keeps freed memory, up to twice the largest block of at most 32 MB that it has seen freed; what it gives
+        # back comes again page by page, a fifth of the time of ten windows of 64 x 128
+        torch.empty(30 << 20, dtype=torch.uint8)
+    packs = 2 * sum(m.weight.nbytes for m, kind in changed if kind is OneDNNLinear) < spare and 'packed' not in left_out
+    plain = [type(m) for m, _ in changed]
+    try:
+        for m, kind in changed:
+            m.__class__ = kind
+            if kind is OneDNNLinear:
+                reorders = packs and (rows > 1 or m.weight.dtype == torch.bfloat16)
+                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), rows) if reorders else None
+        yield
+    finally:
+        for (m, _), kind in zip(changed, plain):
+            m.__class__, m.packed = kind, None
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear for inference on a CPU: where there are few rows, MKL would read the weight with one thread."""
+
+    @staticmethod
+    def pays(weight: torch.Tensor) -> bool:
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.dtype == torch.float32 and weight.numel() >= 1 << 17  # it takes longer to start
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or (self.packed is None and x.numel() > 64 * self.in_features):
+            return super().forward(x)
+        weight = self.weight if self.packed is None else self.packed
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, 'none', [], '')
+
+
+class LastBlock(Block):
+    """Block, of which only the last position is wanted: (B, T, C) -> (B, 1, C)."""
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = (x + self.attn(self.ln_1(x), cache))[:, -1:]
+        return x + self.mlp(self.ln_2(x))
+
+
+# -- Triton kernels for CUDA: the loss, and generation of a token -----------------------------------------------------
+
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton can be used on this device: it needs CUDA and, among other things, a C compiler."""
+    if not triton or device.type != 'cuda':
+        return False
+    try:
+        x = torch.ones(1, device=device)
+        norm_kernel[1,](x, None, None, x, 1, 1, OVERLAP=False)
+    except Exception:
+        return False
+    return True
+
+
+@functools.cache
+def properties(device: torch.device):
+    """Of a CUDA device; asking torch each time would take as long as a launch."""
+    return torch.cuda.get_device_properties(device)
+
+
+def launch_options(device: torch.device) -> dict:
+    """From Hopper on, a kernel may start while the one before it ends, and waits for its result when it needs that."""
+    overlap = bool(torch.version.cuda) and properties(device).major >= 9 and 'launch_options' not in left_out
+    return {'OVERLAP': True, 'launch_pdl': True} if overlap else {'OVERLAP': False}
+
+
+def sample_fused(logits: torch.Tensor, u: torch.Tensor, temperature: float, k: int) -> torch.Tensor:
+    """sample_ids without top_p in two CUDA kernels."""
+    (B, V), lowest_bit = logits.shape, 16 if logits.dtype == torch.bfloat16 else 0
+    G = triton.cdiv(V, 16)
+    ids, tops = torch.empty_like(u, dtype=torch.long), u.new_empty(B, G)
+    groups, kept = torch.empty_like(tops, dtype=torch.int32), u.new_empty(B, 16 * G)
+    tops_kernel[B, triton.cdiv(G, 256)](logits, tops, logits.stride(0), V, G, **launch_options(logits.device))
+    sample_kernel[B,](logits, u, ids, tops, groups, kept, logits.stride(0), V, G, k, 1 / temperature, lowest_bit,
+                      num_warps=16, **launch_options(logits.device))
+    return ids
+
+
+def attend_token(qkv: torch.Tensor, kv: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Store the keys and values of a token; attend to all so far: (B, 1, 3, nh, hs) -> (B, 1, nh, hs)."""
+    B, _, _, nh, hs = qkv.shape
+    y = qkv.new_empty(B, 1, nh, hs)
+    span, warps = (256, 8) if B * nh < 100 else (32, 2)  # timed on an H100
+    attend_kernel[B, nh](qkv, kv, y, at, kv.size(3), nh, hs ** -0.5, hs, triton.next_power_of_2(hs), span,
+                         num_warps=warps, **launch_options(qkv.device))
+    return y
+
+
+def linear_token(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, gelu: str = '',
+           add: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    add + GELU(layer(norm(x))), x: (B, 1, K) -> (B, 1, N), each part where it is given; may overwrite add. One CUDA
+    kernel for one or two sequences, whose time is that of reading the weight; for more, torch's matmul.
+    """
+    (N, K), B, wide = layer.weight.shape, len(x), triton.next_power_of_2(layer.in_features)
+    if B <= 2:
+        y, rows = x.new_empty(B, 1, N), max(1, 4096 // wide)
+        each = max(1, 32768 // (rows * wide))  # programs for a multiprocessor; timed on an H200
+        programs = min(triton.cdiv(N, rows), each * properties(x.device).multi_processor_count)
+        linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
+                                   wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)),
+                                   **launch_options(x.device))
+        return y
+    if norm:
+        y = torch.empty_like(x)
+        norm_kernel[B,](x, norm.weight, norm.bias, y, K, wide, num_warps=4, **launch_options(x.device))
+        x = y
+    if add is not None and layer.bias is None:
+        return add.view(B, N).addmm_(x.view(B, K), layer.weight.t()).view(B, 1, N)
+    y = layer(x) if add is None else add + layer(x)
+    return F.gelu(y, approximate='tanh' if gelu == 'tanh' else 'none') if gelu else y
+
+
+if triton:
+    @triton.jit
+    def take_turn(OVERLAP: tl.constexpr):
+        """Wait for the results of the kernel before; the next one may start and come as far as this, too."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def read(values, at, n, hint: tl.constexpr = None):
+        """Values at some positions, -inf from n on."""
+        return tl.load(values + at, mask=at < n, other=-float('inf'), eviction_policy=hint).to(tl.float32)
+
+    @triton.jit
+    def exp_less(x, bound):
+        """exp(x - bound), from a power of two and a multiply-add."""
+        return tl.exp2(x * 1.4426950408889634 - bound * 1.4426950408889634)
+
+    @triton.jit
+    def loss_kernel(logits, targets, losses, stride, V, LANES: tl.constexpr):
+        """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
+        logits, target = logits + row * stride, tl.load(targets + row)
+        known, wanted = (target >= 0) & (target < V), target != -1
+        hit = tl.load(logits + target, known, float('nan')).to(tl.float32)  # the loss of an unknown id is NaN
+        # each lane's softmax so far; exp_less of two powers of two, where a lane has seen nothing, does not round
+        top, total = tl.full((LANES,), -2.0 ** 100, tl.float32), tl.zeros((LANES,), tl.float32)
+        for s in range(0, V, 8 * LANES):
+            x = read(logits, s + i, V, 'evict_last')  # it is read again
+            new = tl.maximum(top, tl.max(x, 1))
+            total, top = total * exp_less(top, new) + tl.sum(exp_less(x, new[:, None]), 1), new
+        most = tl.max(top, 0)
+        whole = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
+        tl.store(losses + row, tl.where(wanted, whole - hit, 0.0))
+        whole = tl.where(wanted, whole, float('inf'))
+        for s in range(0, V, 8 * LANES):
+            grad = exp_less(read(logits, s + i, V, 'evict_first'), whole)
+            tl.store(logits + s + i, grad, s + i < V, eviction_policy='evict_first')
+        tl.debug_barrier()  # another thread may have stored this one
+        tl.store(logits + target, tl.exp(hit - whole) - 1, known)
+
+    @triton.jit
+    def load_rows(x, n, N, k, K):
+        """Channels k of rows n of x, (N, K); zeros outside."""
+        return tl.load(x + n[:, None] * K + k[None], (n < N)[:, None] & (k < K)[None], 0)
+
+    @triton.jit
+    def load_row(x, gain, shift, k, K):
+        """A row of K channels in float32, normalised where there is a gain."""
+        v = tl.load(x + k, k < K, 0).to(tl.float32)
+        if gain is not None:
+            g = tl.load(gain + k, k < K, 0).to(tl.float32)
+            v = tl.where(k < K, v - tl.sum(v, 0) / K, 0.0)
+            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * g
+        if shift is not None:
+            v += tl.load(shift + k, k < K, 0).to(tl.float32)
+        return v
+
+    @triton.jit
+    def norm_kernel(x, gain, shift, y, K: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr):
+        """LayerNorm of a row."""
+        take_turn(OVERLAP)
+        at, k = tl.program_id(0) * K, tl.arange(0, WIDE)
+        tl.store(y + at + k, load_row(x + at, gain, shift, k, K), k < K)
+
+    @triton.jit
+    def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
+                      ROWS: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr):
+        """linear_token() for one sequence and some rows of the weight, whose reading takes the time and begins early."""
+        b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        step = tl.num_programs(0) * ROWS
+        w = load_rows(weight, n, N, k, K)
+        take_turn(OVERLAP)
+        v = load_row(x + b * K, gain, shift, k, K)
+        for first in range(tl.program_id(0) * ROWS, N, step):
+            n = first + tl.arange(0, ROWS)
+            coming = load_rows(weight, n + step, N, k, K)
+            given = 0.0 if bias is None else tl.load(bias + n, n < N, 0).to(tl.float32)
+            rest = 0.0 if add is None else tl.load(add + b * N + n, n < N, 0).to(tl.float32)
+            out = tl.sum(w.to(tl.float32) * v[None], 1) + given
+            if GELU == 'exact':
+                out *= 0.5 * (1 + tl.erf(out * 0.7071067811865476))
+            elif GELU == 'tanh':
+                out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))
+            tl.store(y + b * N + n, out + rest, n < N)
+            w = coming
+
+    @triton.jit
+    def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
+                      SPAN: tl.constexpr, OVERLAP: tl.constexpr):
+        """
+        attend_token(), a program for each sequence and head; reads the filled part of the cache only. Those
+        keys and values are of earlier steps, and a step begins with torch's kernels, which start late: no need to wait.
+        """
+        b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
+        t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
+        keys = kv + (b * HEADS + h) * S * HS
+        values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
+        i = tl.arange(0, SPAN)
+        k, v = load_rows(keys, i, t, d, HS), load_rows(values, i, t, d, HS)
+        take_turn(OVERLAP)
+        qkv += b * 3 * C + h * HS + d
+        q = tl.load(qkv, inside, 0).to(tl.float32) * SCALE
+        key, value = tl.load(qkv + C, inside, 0), tl.load(qkv + 2 * C, inside, 0)
+        tl.store(keys + t * HS + d, key, inside)
+        tl.store(values + t * HS + d, value, inside)
+        top, total, acc = tl.sum(q * key.to(tl.float32), 0), 1.0, value.to(tl.float32)  # of the softmax, so far
+        for s in range(0, t, SPAN):
+            score = tl.where(s + i < t, tl.sum(q[None] * k.to(tl.float32), 1), -float('inf'))
+            new = tl.maximum(top, tl.max(score, 0))
+            old, p, top = tl.exp(top - new), tl.exp(score - new), new
+            acc, total = acc * old + tl.sum(p[:, None] * v.to(tl.float32), 0), total * old + tl.sum(p, 0)
+            k, v = load_rows(keys, s + SPAN + i, t, d, HS), load_rows(values, s + SPAN + i, t, d, HS)
+        tl.store(y + b * C + h * HS + d, acc / total, inside)
+
+    @triton.jit
+    def tops_kernel(logits, tops, stride, V, G, OVERLAP: tl.constexpr):
+        """The largest of every 16 logits: (B, V) -> (B, G)."""
+        take_turn(OVERLAP)
+        row, g = tl.program_id(0), tl.program_id(1) * 256 + tl.arange(0, 256)
+        x = read(logits + row * stride, g[:, None] * 16 + tl.arange(0, 16)[None], V)
+        tl.store(tops + row * G + g, tl.max(x, 1), g < G)
+
+    @triton.jit
+    def kth_largest(values, n, k, LOWEST_BIT: tl.constexpr):  # those below are the same in all bfloat16 of one sign
+        """The largest float that k of n values reach, or -inf: as integers of equal order, two bits a round."""
+        key, j = tl.full((), -2**31, tl.int32), tl.arange(0, 4)
+        for bit in range(LOWEST_BIT, 32, 2):
+            bit = LOWEST_BIT + 30 - bit
+            trial, reached = key + (j << bit), tl.zeros((4,), tl.int32)
+            value = (trial ^ ((trial >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
+            for s in range(0, n, 4096):
+                reached += tl.sum((read(values, s + tl.arange(0, 4096), n)[None] >= value[:, None]).to(tl.int32), 1)
+            key += tl.max(tl.where(reached >= k, j, 0), 0) << bit
+        kth = (key ^ ((key >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
+        return tl.where(kth == kth, kth, -float('inf'))
+
+    @triton.jit
+    def sample_kernel(logits, u, ids, tops, groups, kept, stride, V, G, k, beta, LOWEST_BIT: tl.constexpr,
+                      OVERLAP: tl.constexpr):
+        """sample_ids, a program for each row: only groups of 16 whose top is among the k largest tops need be read."""
+        take_turn(OVERLAP)
+        row, i = tl.program_id(0), tl.arange(0, 4096)
+        logits, tops, groups, kept = logits + row * stride, tops + row * G, groups + row * G, kept + row * G * 16
+        bound, most = kth_largest(tops, G, k, LOWEST_BIT), tl.full((), -float('inf'), tl.float32)
+        n = tl.zeros((), tl.int32)
+        for s in range(0, G, 4096):
+            x = read(tops, s + i, G)
+            keep = ((x >= bound) & (s + i < G)).to(tl.int32)
+            tl.store(groups + n + tl.cumsum(keep, 0) - 1, s + i, keep > 0)
+            n, most = n + tl.sum(keep, 0), tl.maximum(most, tl.max(x, 0))
+        tl.debug_barrier()  # what other threads stored is read below
+        n *= 16
+        for s in range(0, n, 4096):
+            id = tl.load(groups + (s + i) // 16, s + i < n, 0) * 16 + i % 16
+            tl.store(kept + s + i, read(logits, id, V), s + i < n)
+        tl.debug_barrier()
+        kth, total = kth_largest(kept, n, k, LOWEST_BIT), tl.zeros((), tl.float32)
+        for s in range(0, n, 4096):
+            x = read(kept, s + i, n)
+            total += tl.sum(tl.where(x >= kth, tl.exp((x - most) * beta), 0.0), 0)
+        goal, cdf = tl.load(u + row) * total, tl.zeros((), tl.float32)
+        at, last = n, tl.zeros((), tl.int32)  # the first with probability that passes the goal, the last with any
+        for s in range(0, n, 4096):
+            x = read(kept, s + i, n)
+            p = tl.where(x >= kth, tl.exp((x - most) * beta), 0.0)
+            at = tl.minimum(at, tl.min(tl.where((p > 0) & (cdf + tl.cumsum(p, 0) > goal), s + i, n), 0))
+            last = tl.maximum(last, tl.max(tl.where(p > 0, s + i, 0), 0))
+            cdf += tl.sum(p, 0)
+        at = tl.minimum(at, last)
+        tl.store(ids + row, (tl.load(groups + at // 16, n > 0, 0) * 16 + at % 16).to(tl.int64))  # n = 0: all are NaN
