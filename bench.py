@@ -226,10 +226,10 @@ def time_sample() -> None:
         return dt
 
     def generate():
-        how = dict(temperature=1.0, top_k=top_k, vocab_size=known)
+        how = dict(top_k=top_k, vocab_size=known)
         if fast:
-            return list(fast.stream(model, prompt, max_new_tokens, **how, compiled=compile, spare=free_memory(where.type)))
-        return list(model.stream(prompt, max_new_tokens, **how))
+            how.update(compiled=compile, spare=free_memory(where.type))
+        return list((fast or GPT).stream(model, prompt, max_new_tokens, **how))
 
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 3))
     if not compare:

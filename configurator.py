@@ -9,8 +9,8 @@ underscore whose value is a bool, int, float or str; the type of its default is 
     python train.py config/some.py --batch_size=32 --compile false       left to right, the later wins
     python train.py --help                                               every option, its default, what it does
 
-It leaves `config`, the dict of all options as given, and functions to check them, which stand first below. `fail` is the
-one way out for a user's mistake: a line per problem on stderr, exit code 2.
+It leaves `config`, the dict of all options as given, and functions to check them, which stand first below. `fail` is
+the one way out for a user's mistake: a line per problem on stderr, exit code 2.
 """
 
 import ast

@@ -622,7 +622,7 @@ if triton:
     @triton.jit
     def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
                       ROWS: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr):
-        """linear_token() for one sequence and some rows of the weight, whose reading takes the time and begins early."""
+        """linear_token() for one sequence, some rows of the weight; reading those takes the time, and begins early."""
         b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
         step = tl.num_programs(0) * ROWS
         w = load_rows(weight, n, N, k, K)

@@ -177,8 +177,8 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
 
 def to_resume(folder: str, config: dict, say: Callable | None) -> dict:
     """
-    The checkpoint of an out_dir that is further on, for a run with the options `config`; `say` gets a line for each option
-    that differs. Raises ValueError, or DataError if a file is damaged.
+    The checkpoint of an out_dir that is further on, for a run with the options `config`; `say` gets a line for each
+    option that differs. Raises ValueError, or DataError if a file is damaged.
     """
     found, wanted = newest(folder), config['block_size']
     if found is None:
