@@ -57,7 +57,9 @@ def need(right, message):
 def at_least(least, *names):
     """Note each of these options that is smaller than `least`, or not finite."""
     for name in names:
-        need(least <= config[name] < float('inf'), f'{name}={config[name]} must be finite and at least {least}')
+        value = config[name]
+        finite = 'finite and ' if isinstance(value, float) else ''
+        need(least <= value < float('inf'), f'{name}={value} must be {finite}at least {least}')
 
 
 def fits(kind, **arguments):

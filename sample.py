@@ -47,7 +47,7 @@ need(0 <= temperature < math.inf,
      f'temperature={temperature} must be finite and not negative; 0 always takes the likeliest token')
 need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
 need(0 < top_p <= 1, f'top_p={top_p} must lie in (0, 1]; 1.0 is off')
-at_least(0, 'seed')
+need(0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63')
 device, dtype = resolve(device, dtype)
 if start.startswith('FILE:'):
     try:

@@ -78,7 +78,8 @@ shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_siz
 
 need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
 at_least(1, 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters')
-at_least(0, 'max_iters', 'warmup_iters', 'weight_decay', 'min_lr', 'seed')
+at_least(0, 'max_iters', 'warmup_iters', 'weight_decay', 'min_lr')
+need(0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63')
 need(gradient_accumulation_steps % world_size == 0,
      f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
 need(0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0')

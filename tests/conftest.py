@@ -1,4 +1,4 @@
-"""What every test may use: the scripts in this process or as a real one, a tiny dataset, and knobs for a tiny run."""
+"""What every test may use: the scripts in this process or as a real one, a tiny dataset, and options for a tiny run."""
 
 import gc
 import os
@@ -22,9 +22,9 @@ TINY = dict(device='cpu', dtype='float32', compile=False, n_layer=2, n_head=2, n
             lr_decay_iters=8, learning_rate=1e-3, min_lr=1e-4)
 
 
-def flags(**knobs) -> list[str]:
-    """Knobs as command-line arguments."""
-    return [f'--{key}={value}' for key, value in knobs.items()]
+def flags(**options) -> list[str]:
+    """Options as command-line arguments."""
+    return [f'--{key}={value}' for key, value in options.items()]
 
 
 def run(*command: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:

@@ -3,7 +3,7 @@ A run that saves after every update is killed with SIGKILL, at random moments an
 again and again; then it is compared, bit for bit, with one that nothing disturbed.
 
     python tests/kill_loop.py --kills=200
-    python tests/kill_loop.py --kills=200 --seed=7 --always_save_checkpoint=False        further knobs go to train.py
+    python tests/kill_loop.py --kills=200 --seed=7 --always_save_checkpoint=False        further options go to train.py
 
 Linux and macOS. The processes are forked from a server that has imported torch once: a start costs some 50 ms.
 """
@@ -115,14 +115,14 @@ def assert_same(out_dir: str, straight: str) -> None:
     assert logs[0] == logs[1]
 
 
-def kill_loop(folder: str, kills: int, seed: int = 0, **knobs) -> dict:
+def kill_loop(folder: str, kills: int, seed: int = 0, **options) -> dict:
     """Kill and resume a run in `folder`; AssertionError if anything is lost. Returns what happened, in numbers."""
     rng, data = random.Random(seed), os.path.join(folder, 'data')
     sentence = 'the quick brown fox jumps over the lazy dog '
     chars = codec.CharCodec.of(sentence)
     ids = chars.encode(' '.join(rng.choices(sentence.split(), k=1000)))
     bins.write(data, chars, train=[ids[500:]], val=[ids[:500]])
-    base = {**TINY, 'dataset': data, 'dropout': 0.2, 'lr_decay_iters': 300, 'eval_iters': 1, **knobs}
+    base = {**TINY, 'dataset': data, 'dropout': 0.2, 'lr_decay_iters': 300, 'eval_iters': 1, **options}
     out_dir, straight, output = (os.path.join(folder, name) for name in ('killed', 'straight', 'output'))
     run = {**base, 'out_dir': out_dir, 'eval_interval': 1}
 

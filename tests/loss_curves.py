@@ -1,9 +1,9 @@
 """
 Does the fast path learn what the plain one learns? Trains GPT-2 124M on the Python sources of this machine with each,
-three seeds, and prints the losses. Plain: float32 residual stream, torch's own cross-entropy, nothing compiled.
+three seeds, and prints the losses. Plain: without fast.py, nothing compiled.
 
     python tests/loss_curves.py                          1,000 updates of 12 x 1024 tokens; all GPUs share the six runs
-    python tests/loss_curves.py --tokens=200000 --device=cpu --n_layer=2 --n_embd=48        further knobs go to train.py
+    python tests/loss_curves.py --tokens=200000 --device=cpu --n_layer=2 --n_embd=48        more options go to train.py
 """
 
 import argparse
@@ -21,12 +21,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-KNOBS = ['--gradient_accumulation_steps=1', '--batch_size=12', '--max_iters=1000', '--lr_decay_iters=1000',
+OPTIONS = ['--gradient_accumulation_steps=1', '--batch_size=12', '--max_iters=1000', '--lr_decay_iters=1000',
          '--warmup_iters=100', '--eval_interval=1000', '--eval_iters=100']
 
 
@@ -46,43 +45,33 @@ def write_text(folder: str, tokens: int) -> None:
     bins.write(folder, gpt2, train=parts[:-held], val=parts[-held:])
 
 
-def plain_forward(self, idx, targets, keep_logits):
-    """GPT.forward without what makes it fast."""
-    x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)])
-    for block in self.transformer.h:
-        x = block(x)
-    logits = self.lm_head(self.transformer.ln_f(x))
-    return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-
-
-def train(path: str, knobs: list[str]) -> None:
+def train(path: str, options: list[str]) -> None:
     """Run train.py in this process, plain or fast."""
     if path == 'plain':
-        import model
-        model.GPT.forward = plain_forward
-        knobs = [*knobs, '--compile=False']
-    sys.argv = ['train.py', *knobs]
+        sys.modules['fast'] = None  # as if it were deleted
+        options = [*options, '--compile=False']
+    sys.argv = ['train.py', *options]
     runpy.run_path(os.path.join(ROOT, 'train.py'), run_name='__main__')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tokens', type=int, default=20_000_000, help='of text to train on')
-    options, knobs = parser.parse_known_args()
+    own, options = parser.parse_known_args()
     gpus = queue.Queue()
     count = torch.cuda.device_count()
     for gpu in os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(count)))).split(',')[:max(1, count)]:
         gpus.put(gpu)
     with tempfile.TemporaryDirectory() as scratch:
-        write_text(os.path.join(scratch, 'text'), options.tokens)
+        write_text(os.path.join(scratch, 'text'), own.tokens)
 
         def losses(run):
             """Mean loss of the last tenth of the updates, and val loss at the end."""
             (path, seed), gpu = run, gpus.get()
             out = os.path.join(scratch, f'{path}{seed}')
             try:
-                subprocess.run([sys.executable, __file__, path, *KNOBS, f'--dataset={scratch}/text', f'--out_dir={out}',
-                                f'--seed={seed}', *knobs], check=True, stdout=subprocess.DEVNULL,
+                subprocess.run([sys.executable, __file__, path, *OPTIONS, f'--dataset={scratch}/text',
+                                f'--out_dir={out}', f'--seed={seed}', *options], check=True, stdout=subprocess.DEVNULL,
                                env={**os.environ, 'CUDA_VISIBLE_DEVICES': gpu})
             finally:
                 gpus.put(gpu)

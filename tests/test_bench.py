@@ -18,15 +18,15 @@ RATE = re.compile(r'^([\d,]+) tok/s, ', re.M)
 
 @pytest.fixture
 def bench(script, capsys, tmp_path, monkeypatch):
-    """bench(**knobs) runs bench.py in an empty working directory and returns what it printed."""
+    """bench(**options) runs bench.py in an empty working directory and returns what it printed."""
     torch.set_num_threads(1)
     (tmp_path / 'cwd').mkdir()
     (tmp_path / 'temp').mkdir()
     monkeypatch.chdir(tmp_path / 'cwd')
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temp'))
 
-    def execute(**knobs):
-        script('bench.py', *flags(**{**SMALL, **knobs}))
+    def execute(**options):
+        script('bench.py', *flags(**{**SMALL, **options}))
         return capsys.readouterr().out
     return execute
 
@@ -41,7 +41,7 @@ def test_the_lines_that_people_parse(bench, tmp_path):
     assert os.listdir() == left == []  # nothing stays behind
 
 
-def test_it_times_as_many_tokens_as_the_knobs_say(bench):
+def test_it_times_as_many_tokens_as_the_options_say(bench):
     out = bench(gradient_accumulation_steps=3, steps=1)
     assert 'tokens per iteration will be: 96' in out
     [(ms, _)], [rate] = TIME.findall(out), RATE.findall(out)
@@ -71,9 +71,9 @@ def test_a_profile_is_written_beside_the_caller(bench):
 
 
 def test_mistakes_are_one_line_each(bench, capsys):
-    for knobs, problems in ((dict(steps=0, warmup_steps=0), ['bench.py: warmup_steps=0 must be at least 1',
+    for options, problems in ((dict(steps=0, warmup_steps=0), ['bench.py: warmup_steps=0 must be at least 1',
                                                              'bench.py: steps=0 must be at least 1']),
                             (dict(n_head=3), ['bench.py: n_embd=8 must be a multiple of n_head=3'])):
         with pytest.raises(SystemExit) as ended:
-            bench(**knobs)
+            bench(**options)
         assert ended.value.code == 2 and capsys.readouterr().err.splitlines() == problems

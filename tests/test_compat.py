@@ -86,14 +86,14 @@ def write_checkpoint(out_dir, dataset: str, prefix: str = '_orig_mod.', iter_num
 
 @pytest.fixture
 def execute(script, capsys):
-    """execute('train.py', **knobs) runs a script and returns what it printed, its exit code and its names."""
+    """execute('train.py', **options) runs a script and returns what it printed, its exit code and its names."""
     torch.set_num_threads(1)
 
-    def run(name: str, **knobs):
+    def run(name: str, **options):
         capsys.readouterr()
         code, names = 0, {}
         try:
-            names = script(name, *flags(**knobs))
+            names = script(name, *flags(**options))
         except SystemExit as e:
             code = e.code or 0
         out, err = capsys.readouterr()
@@ -107,7 +107,7 @@ def old(tmp_path):
     def write(**more):
         dataset = write_dataset(tmp_path / 'words')
         written = write_checkpoint(tmp_path / 'out', dataset, **more)
-        written.knobs = {**TINY, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'init_from': 'resume'}
+        written.options = {**TINY, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'init_from': 'resume'}
         written.out_dir, written.iter_num = tmp_path / 'out', written.checkpoint['iter_num']
         return written
     return write
@@ -150,7 +150,7 @@ OLD = {
 @pytest.mark.parametrize('more', OLD.values(), ids=OLD)
 def test_an_old_checkpoint_is_resumed(execute, old, more):
     written = old(**more)
-    done = execute('train.py', **{**written.knobs, 'max_iters': 41})
+    done = execute('train.py', **{**written.options, 'max_iters': 41})
     assert done.code == 0, done.err
     assert 'iter 40: loss ' in done.out and 'step 40: ' in done.out and 'step 41: ' in done.out
     assert done.names['best_val_loss'] <= 2.75 and type(done.names['best_val_loss']) is float
@@ -167,11 +167,11 @@ def test_the_next_update_is_the_one_that_a_plain_adamw_would_do(execute, old, bi
         for state in written.checkpoint['optimizer']['state'].values():
             state['step'] = int(state['step'])
         torch.save(written.checkpoint, written.out_dir / 'ckpt.pt')
-    done = execute('train.py', **{**written.knobs, 'max_iters': 41, 'decay_lr': False, 'grad_clip': 0.0})
+    done = execute('train.py', **{**written.options, 'max_iters': 41, 'decay_lr': False, 'grad_clip': 0.0})
     assert done.code == 0, done.err
 
     model = GPT.from_checkpoint(copy.deepcopy(written.checkpoint))
-    data = Bins(written.knobs['dataset'], 16)
+    data = Bins(written.options['dataset'], 16)
     for row in range(2):
         (model(*data.train_batch(1337, 40, row, 2, 4))[1] / 2).backward()
     for name, p in model.named_parameters():
@@ -190,17 +190,17 @@ def test_stored_attention_masks_are_dropped(execute, old):
     for i in range(2):
         written.checkpoint['model'][f'_orig_mod.transformer.h.{i}.attn.bias'] = mask
     torch.save(written.checkpoint, written.out_dir / 'ckpt.pt')
-    done = execute('train.py', **{**written.knobs, 'eval_only': True})
+    done = execute('train.py', **{**written.options, 'eval_only': True})
     assert done.code == 0 and 'step 40: ' in done.out
 
 
 def test_the_loss_of_an_old_checkpoint_is_its_own(execute, old):
     """With the exact GELU that these files were trained with, on the same evaluation sequences."""
     written = old()
-    done = execute('train.py', **{**written.knobs, 'eval_only': True, 'eval_iters': 1})
+    done = execute('train.py', **{**written.options, 'eval_only': True, 'eval_iters': 1})
     state = {k.removeprefix('_orig_mod.'): v for k, v in written.checkpoint['model'].items()}
     for split in ('train', 'val'):
-        [(x, y, n)] = Bins(written.knobs['dataset'], 16).eval_batches(split, 4, 4)
+        [(x, y, n)] = Bins(written.options['dataset'], 16).eval_batches(split, 4, 4)
         assert f'{split} loss {forward(state, x, y, n_layer=2, n_head=2):.4f}' in done.out and n == 4
 
 
@@ -235,8 +235,8 @@ def test_an_old_checkpoint_is_sampled_with_the_characters_of_its_dataset(execute
 
 
 def test_the_machine_of_the_old_run_need_not_be_here(execute, old):
-    """device='cuda', dtype='float16', backend='nccl' are in the file's config; this run's own knobs count."""
-    done = execute('train.py', **{**old().knobs, 'max_iters': 41})
+    """device='cuda', dtype='float16', backend='nccl' are in the file's config; this run's own options count."""
+    done = execute('train.py', **{**old().options, 'max_iters': 41})
     assert done.code == 0 and 'device cpu, dtype float32' in done.out
     assert 'resumed with device=cpu, it was cuda\n' in done.out
     assert 'resumed with dtype=float32, it was float16\n' in done.out
@@ -251,7 +251,7 @@ def ours(request, execute, dataset, tmp_path):
                                   'out_dir': tmp_path / 'out', 'decay_lr': False})
     assert done.code == 0
     return SimpleNamespace(saved=torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True), dataset=dataset,
-                           bias=request.param, path=tmp_path / 'out' / 'ckpt.pt', knobs=done.names['config'])
+                           bias=request.param, path=tmp_path / 'out' / 'ckpt.pt', options=done.names['config'])
 
 
 def test_the_top_level_is_what_the_original_reads(ours):
@@ -261,7 +261,7 @@ def test_the_top_level_is_what_the_original_reads(ours):
                                        dropout=0.1)  # an eighth would break it
     assert type(saved['iter_num']) is int and saved['iter_num'] == 4
     assert type(saved['best_val_loss']) is float and 0 < saved['best_val_loss'] < 3
-    assert saved['config'] == ours.knobs and saved['config']['dataset'] == ours.dataset
+    assert saved['config'] == ours.options and saved['config']['dataset'] == ours.dataset
     assert all(type(v) in (bool, int, float, str) for v in saved['config'].values())
 
 

@@ -1,4 +1,4 @@
-"""The knobs of every script, frozen, so that none appears unnoticed; and what every file in config/ sets."""
+"""The options of every script, frozen, so that none appears unnoticed; and what every file in config/ sets."""
 
 import ast
 import glob
@@ -25,15 +25,15 @@ SAMPLE = dict(
     seed=1337, device='auto', dtype='auto', compile=False)
 BENCH = dict(
     mode='train', batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto',
-    compile=True, profile=False, compare=False, dataset='openwebtext', **GPT2, dropout=0.0,
+    compile=True, profile=False, without='', compare=False, dataset='openwebtext', **GPT2, dropout=0.0,
     gradient_accumulation_steps=1, warmup_steps=10, steps=20, prompt_tokens=16, max_new_tokens=256, top_k=200,
     vocab_size=50304)
 SCRIPTS = {'train.py': TRAIN, 'sample.py': SAMPLE, 'bench.py': BENCH}
 
 
 @pytest.fixture
-def knobs(monkeypatch, tmp_path):
-    """knobs('train.py', *arguments): `config` after the script's head, down to the line that runs the configurator."""
+def options(monkeypatch, tmp_path):
+    """options('train.py', *arguments): `config` after the script's head, down to the configurator's line."""
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -58,14 +58,14 @@ def typed(values):
 # -- the scripts ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_knobs_defaults_and_types(knobs, name):
-    """A new knob is a decision: it is added here too."""
-    assert typed(knobs(name)) == typed(SCRIPTS[name])
-    assert list(knobs(name)) == list(SCRIPTS[name])  # in the order of --help
+def test_options_defaults_and_types(options, name):
+    """A new option is a decision: it is added here too."""
+    assert typed(options(name)) == typed(SCRIPTS[name])
+    assert list(options(name)) == list(SCRIPTS[name])  # in the order of --help
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_help_lists_every_knob(script, capsys, name):
+def test_help_lists_every_option(script, capsys, name):
     with pytest.raises(SystemExit) as end:
         script(name, '--help')
     assert end.value.code == 0
@@ -76,7 +76,7 @@ def test_help_lists_every_knob(script, capsys, name):
     assert f'    python {name}' in out and err == ''
 
 
-def test_sample_and_bench_mean_the_same_by_a_knob_as_train():
+def test_sample_and_bench_mean_the_same_by_a_option_as_train():
     for name in ('sample.py', 'bench.py'):
         for key in TRAIN.keys() & SCRIPTS[name].keys():
             assert type(SCRIPTS[name][key]) is type(TRAIN[key])
@@ -90,8 +90,8 @@ def test_sample_and_bench_mean_the_same_by_a_knob_as_train():
     (['--seed=1e3', '--max_iters', '2e4'], dict(seed=1000, max_iters=20000)),
     (['--compile=false', '--eval_only', 'TRUE'], dict(compile=False, eval_only=True)),
 ])
-def test_train_command_lines(knobs, arguments, values):
-    assert typed(knobs('train.py', *arguments)) == typed({**TRAIN, **values})
+def test_train_command_lines(options, arguments, values):
+    assert typed(options('train.py', *arguments)) == typed({**TRAIN, **values})
 
 
 @pytest.mark.parametrize('arguments, values', [
@@ -106,12 +106,12 @@ def test_train_command_lines(knobs, arguments, values):
     (['--start='], dict(start='')),
     (['--start', '<|endoftext|>'], dict(start='<|endoftext|>')),
 ])
-def test_sample_command_lines(knobs, arguments, values):
-    assert typed(knobs('sample.py', *arguments)) == typed({**SAMPLE, **values})
+def test_sample_command_lines(options, arguments, values):
+    assert typed(options('sample.py', *arguments)) == typed({**SAMPLE, **values})
 
 
-def test_bench_command_line(knobs):
-    assert typed(knobs('bench.py', '--profile=True')) == typed({**BENCH, 'profile': True})
+def test_bench_command_line(options):
+    assert typed(options('bench.py', '--profile=True')) == typed({**BENCH, 'profile': True})
 
 
 # -- config/ --------------------------------------------------------------------------------------------------------
@@ -154,9 +154,9 @@ def test_every_config_is_listed_here():
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_values(knobs, capsys, name):
+def test_config_values(options, capsys, name):
     """The whole of `config` is compared, so a config also sets nothing else."""
-    config = knobs('train.py', f'config/{name}.py')
+    config = options('train.py', f'config/{name}.py')
     if name == 'finetune_shakespeare':
         assert re.fullmatch(r'ft-\d+(\.\d+)?', config['wandb_run_name'])
         config['wandb_run_name'] = TRAIN['wandb_run_name']
@@ -166,9 +166,9 @@ def test_config_values(knobs, capsys, name):
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name not in OURS])
-def test_config_writes_out_what_the_reference_lists(name, knobs, capsys):
+def test_config_writes_out_what_the_reference_lists(name, options, capsys):
     """Also a value that is equal to its default."""
-    knobs('train.py', f'config/{name}.py')
+    options('train.py', f'config/{name}.py')
     assert CONFIGS[name].keys() <= set(re.findall('^Overriding: (\\w+) = ', capsys.readouterr().out, re.MULTILINE))
 
 
@@ -183,23 +183,23 @@ def test_config_header_names_its_command(name):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_knows_its_dataset(knobs, name):
-    assert os.path.isfile(os.path.join(ROOT, 'data', knobs('train.py', f'config/{name}.py')['dataset'], 'prepare.py'))
+def test_config_knows_its_dataset(options, name):
+    assert os.path.isfile(os.path.join(ROOT, 'data', options('train.py', f'config/{name}.py')['dataset'], 'prepare.py'))
 
 
-def test_laptop_config_is_the_command_of_the_readme(knobs):
+def test_laptop_config_is_the_command_of_the_readme(options):
     flags = [f'--{key}={value}' for key, value in LAPTOP.items()]
-    typed_out = knobs('train.py', 'config/train_shakespeare_char.py', *flags)
-    config = knobs('train.py', 'config/train_shakespeare_char_cpu.py')
+    typed_out = options('train.py', 'config/train_shakespeare_char.py', *flags)
+    config = options('train.py', 'config/train_shakespeare_char_cpu.py')
     assert {k for k in config if config[k] != typed_out[k]} == {'out_dir', 'wandb_project', 'wandb_run_name'}
 
 
-def test_gpt2_config_is_half_a_million_tokens_a_step(knobs):
-    config = knobs('train.py', 'config/train_gpt2.py')
+def test_gpt2_config_is_half_a_million_tokens_a_step(options):
+    config = options('train.py', 'config/train_gpt2.py')
     assert config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps'] == 491_520
 
 
-def test_micro_steps_of_every_torchrun_command_divide(knobs):
+def test_micro_steps_of_every_torchrun_command_divide(options):
     commands = []
     for name in ('README.md', 'train.py'):
         with open(os.path.join(ROOT, name), encoding='utf-8') as f:
@@ -208,19 +208,19 @@ def test_micro_steps_of_every_torchrun_command_divide(knobs):
     for command in commands:
         launch, _, arguments = command.partition('train.py')
         processes = math.prod(map(int, re.findall(r'--(?:nproc_per_node|nnodes)=(\d+)', launch)))
-        config = knobs('train.py', *arguments.split())
+        config = options('train.py', *arguments.split())
         assert config['gradient_accumulation_steps'] % processes == 0, command
         assert config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps'] == 491_520
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 @pytest.mark.parametrize('other', ['sample.py', 'bench.py'])
-def test_config_is_no_mistake_for_another_script(knobs, capsys, name, other):
+def test_config_is_no_mistake_for_another_script(options, capsys, name, other):
     """What that script does not have is a note; what it has is taken over."""
-    config = knobs(other, f'config/{name}.py')
+    config = options(other, f'config/{name}.py')
     wanted = {**SCRIPTS[other], **{k: v for k, v in CONFIGS[name].items() if k in SCRIPTS[other]}}
     assert typed(config) == typed(wanted)
     strangers = {k for k in CONFIGS[name] if k not in wanted}
-    notes = re.findall(rf'^note: config/{name}.py, line \d+: (\w+) is no knob of {other}, ignored$',
+    notes = re.findall(rf'^note: config/{name}.py, line \d+: (\w+) is no option of {other}, ignored$',
                        capsys.readouterr().out, re.MULTILINE)
     assert strangers <= {*notes, *TRAIN} and set(notes) <= TRAIN.keys() - wanted.keys()

@@ -1,4 +1,4 @@
-"""Knobs: values, config files, every mistake with its message, --help; and nothing but exit codes 0 and 2 ever."""
+"""Options: values, config files, every mistake with its message, --help; and nothing but exit codes 0 and 2 ever."""
 
 import contextlib
 import io
@@ -17,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model import GPTConfig
 from tests.conftest import ROOT
 
 CONFIGURATOR = os.path.join(ROOT, 'configurator.py')
-KNOBS = dict(batch_size=12, block_size=1024, top_k=200, seed=1337, learning_rate=6e-4, dropout=0.0, bias=False,
+OPTIONS = dict(batch_size=12, block_size=1024, top_k=200, seed=1337, learning_rate=6e-4, dropout=0.0, bias=False,
              compile=True, dataset='openwebtext', start='\n')
 TOY = f'''"""
-Toy: a script of nothing but knobs.
+Toy: a script of nothing but options.
 
     python toy.py config/small.py
 """
@@ -36,7 +37,7 @@ seed = 1337
 learning_rate = 6e-4  # the highest # after warm-up
 dropout = 0.0
 bias = False
-compile = True  # a knob that hides a builtin
+compile = True  # an option that hides a builtin
 dataset = 'openwebtext'
 start = '\\n'  # the prompt
 _hidden = 1
@@ -90,6 +91,104 @@ def toy(tmp_path, monkeypatch, capsys):
     return Toy(tmp_path, monkeypatch, capsys)
 
 
+# -- what a script asks the configurator ----------------------------------------------------------------------------
+
+def test_mistakes_are_noted_and_named_together(toy, capsys):
+    space = toy('--batch_size=0', '--learning_rate=inf', '--dropout=nan')
+    space['at_least'](1, 'batch_size', 'block_size')
+    space['at_least'](0, 'learning_rate', 'dropout', 'seed')
+    space['need'](True, 'not this one')
+    space['need']([], 'but this one')
+    space['fits'](GPTConfig, n_layer=0, n_head=5)
+    with pytest.raises(SystemExit) as end:
+        space['end_if_wrong']()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        'toy.py: batch_size=0 must be at least 1', 'toy.py: learning_rate=inf must be finite and at least 0',
+        'toy.py: dropout=nan must be finite and at least 0', 'toy.py: but this one',
+        'toy.py: n_layer=0 must be at least 1', 'toy.py: n_embd=768 must be a multiple of n_head=5']
+
+
+def test_nothing_wrong_is_no_end(toy):
+    space = toy()
+    space['at_least'](1, 'batch_size')
+    space['fits'](GPTConfig, n_layer=2)
+    assert space['end_if_wrong']() is None
+
+
+def test_free_memory(toy):
+    assert 1 << 20 < toy()['free_memory']('cpu') <= 1 << 62
+
+
+@pytest.fixture
+def resolve(toy):
+    """resolve(device, dtype) of the configurator; resolve.mistakes are what it noted in the last call."""
+    def call(*asked):
+        found, call.mistakes = space['resolve'](*asked), space['_mistakes'][:]
+        space['_mistakes'].clear()
+        return found
+    space = toy()
+    return call
+
+
+def test_resolve_auto(resolve):
+    device, dtype = resolve('auto', 'auto')
+    if torch.cuda.is_available():
+        assert (device, dtype) == ('cuda', 'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16')
+    elif torch.backends.mps.is_available():
+        assert (device, dtype) == ('mps', 'float32')
+    else:
+        assert device == 'cpu' and resolve('cpu', 'auto') == (device, dtype)
+    assert not resolve.mistakes
+
+
+def test_resolve_takes_bfloat16_on_a_cpu_that_computes_in_it(resolve):
+    if not os.path.exists('/proc/cpuinfo'):
+        pytest.skip('needs /proc/cpuinfo')
+    with open('/proc/cpuinfo', encoding='utf-8') as f:
+        words = set(f.read().split())
+    native = bool(words & {'avx512_bf16', 'amx_tile', 'amx_bf16'})
+    assert resolve('cpu', 'auto') == ('cpu', 'bfloat16' if native else 'float32')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_resolve_keeps_what_is_possible(resolve, dtype):
+    assert resolve('cpu', dtype) == ('cpu', dtype) and not resolve.mistakes
+
+
+@pytest.mark.parametrize('device, dtype, problems', [
+    ('gpu', 'auto', ['device=gpu: choose auto, cpu, cuda, cuda:N or mps']),
+    ('', 'auto', ['device=: choose auto, cpu, cuda, cuda:N or mps']),
+    ('cpu', 'bf16', ['dtype=bf16: choose auto, float32, bfloat16 or float16']),
+    ('cpu', 'float16', ['dtype=float16 needs CUDA, device is cpu; try --dtype=auto']),
+    ('gpu', 'bf16', ['device=gpu: choose auto, cpu, cuda, cuda:N or mps',
+                     'dtype=bf16: choose auto, float32, bfloat16 or float16'])])
+def test_resolve_names_what_is_wrong(resolve, device, dtype, problems):
+    resolve(device, dtype)
+    assert resolve.mistakes == problems
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+@pytest.mark.parametrize('device', ['cuda', 'cuda:0'])
+def test_resolve_without_cuda(resolve, device):
+    resolve(device, 'auto')
+    assert resolve.mistakes == [f'device={device} is not available here; try --device=auto or --device=cpu']
+
+
+@pytest.mark.gpu
+def test_resolve_counts_gpus(resolve):
+    n = torch.cuda.device_count()
+    assert resolve('cuda:0', 'float32') == ('cuda:0', 'float32') and not resolve.mistakes
+    resolve(f'cuda:{n}', 'float32')
+    assert resolve.mistakes == [f'device=cuda:{n}: there are {n} GPUs, counted from cuda:0']
+
+
+def test_help_needs_no_torch(toy):
+    """It shall come at once; whatever takes long to import is imported where it is needed."""
+    done = subprocess.run([sys.executable, '-X', 'importtime', toy.path, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'learning_rate' in done.stdout and ' torch' not in done.stderr
+
+
 # -- values on the command line -------------------------------------------------------------------------------------
 
 VALUES = [
@@ -115,7 +214,7 @@ VALUES = [
 def test_value(toy, key, text, value, joined):
     space = toy(f'--{key}={text}') if joined else toy(f'--{key}', text)
     assert (space[key], type(space[key])) == (value, type(value))
-    assert space['config'] == {**KNOBS, key: value}
+    assert space['config'] == {**OPTIONS, key: value}
     assert toy.out == f'Overriding: {key} = {value}\n' and toy.err == ''
 
 
@@ -124,7 +223,7 @@ def test_value_that_starts_with_dashes_is_joined_by_an_equals_sign(toy):
     assert toy('--start=--help')['start'] == '--help'
 
 
-def test_the_word_after_a_knob_is_its_value_even_if_it_is_dash_h(toy):
+def test_the_word_after_a_option_is_its_value_even_if_it_is_dash_h(toy):
     assert toy('--start', '-h')['start'] == '-h'
 
 
@@ -134,7 +233,7 @@ def test_value_of_several_lines(toy):
 
 def test_no_arguments_no_change(toy):
     space = toy()
-    assert {k: space[k] for k in KNOBS} == space['config'] == KNOBS
+    assert {k: space[k] for k in OPTIONS} == space['config'] == OPTIONS
     assert toy.out == toy.err == ''
 
 
@@ -149,10 +248,12 @@ def test_later_wins(toy):
     assert toy.out == ''.join(f'Overriding: {line}\n' for line in ('batch_size = 2', 'seed = 2', 'seed = 5'))
 
 
-def test_it_leaves_two_names(toy):
+def test_it_leaves_few_names(toy):
+    """Beside modules, and names with an underscore."""
     space = toy('--seed=1')
-    assert {k for k in space if not k.startswith('__')} == {*KNOBS, '_hidden', 'pair', 'nothing', 'later', 'os',
-                                                            'config', 'fail'}
+    names = {k for k, v in space.items() if not k.startswith('_') and not isinstance(v, type(os))}
+    assert names == {*OPTIONS, 'pair', 'nothing', 'later', 'config', 'fail', 'end_if_wrong', 'need', 'at_least', 'fits',
+                     'resolve', 'free_memory'}
 
 
 def test_config_is_a_copy(toy):
@@ -171,7 +272,7 @@ def test_fail(toy, capsys):
 def test_only_the_first_rank_prints(toy, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     toy.file('seed = 3\ngpus = 8\n')
-    assert toy('--batch_size=2', 'my.py')['config'] == {**KNOBS, 'batch_size': 2, 'seed': 3}
+    assert toy('--batch_size=2', 'my.py')['config'] == {**OPTIONS, 'batch_size': 2, 'seed': 3}
     assert toy.out == toy.err == ''
     with pytest.raises(SystemExit) as end:
         toy('--batchsize=2')
@@ -184,7 +285,7 @@ def test_a_terminal_without_unicode(toy):
     env = {**os.environ, 'PYTHONIOENCODING': 'ascii', 'SHOW': '1'}
     end = subprocess.run([sys.executable, toy.path, '--start=größe', 'my.py'], env=env, capture_output=True, timeout=60)
     assert (end.returncode, end.stderr) == (0, b'')
-    assert b"'start': 'gr\\xf6\\xdfe'" in end.stdout and b'is no knob of toy.py, ignored' in end.stdout
+    assert b"'start': 'gr\\xf6\\xdfe'" in end.stdout and b'is no option of toy.py, ignored' in end.stdout
 
 
 def test_text_that_is_not_unicode(toy):
@@ -195,7 +296,7 @@ def test_text_that_is_not_unicode(toy):
 # -- mistakes on the command line -----------------------------------------------------------------------------------
 
 MISTAKES = [
-    # wrong type: knob, value, type
+    # wrong type: option, value, type
     (['--batch_size=abc'], '--batch_size=abc: batch_size takes an int'),
     (['--batch_size', 'abc'], '--batch_size=abc: batch_size takes an int'),
     (['--batch_size=2.5'], '--batch_size=2.5: batch_size takes an int'),
@@ -219,26 +320,26 @@ MISTAKES = [
     (['--compile=no'], '--compile=no: compile takes True or False'),
     (['--compile='], '--compile=: compile takes True or False'),
     (['--compile=None'], '--compile=None: compile takes True or False'),
-    # unknown knob: the nearest
-    (['--batchsize=32'], 'unknown knob --batchsize; did you mean --batch_size?'),
-    (['--batchsize', '32'], 'unknown knob --batchsize; did you mean --batch_size?'),
-    (['--batch-size=32'], 'unknown knob --batch-size; did you mean --batch_size?'),
-    (['--Seed=1'], 'unknown knob --Seed; did you mean --seed?'),
-    (['--bais=True'], 'unknown knob --bais; did you mean --bias?'),
-    (['--learning_rte=1'], 'unknown knob --learning_rte; did you mean --learning_rate?'),
-    (['--compile_=False'], 'unknown knob --compile_; did you mean --compile?'),
-    (['--no-compile'], 'unknown knob --no-compile; did you mean --compile?'),
-    (['--wandb=True'], 'unknown knob --wandb; --help lists them'),
-    (['--x'], 'unknown knob --x; --help lists them'),
-    (['--'], 'unknown knob --; --help lists them'),
-    (['--=3'], 'unknown knob --; --help lists them'),
-    (['--a\nb=3'], 'unknown knob --a\\nb; --help lists them'),
-    # not knobs: no underscored names, no other types, nothing that comes after
-    (['--_hidden=2'], 'unknown knob --_hidden; --help lists them'),
-    (['--pair=2'], 'unknown knob --pair; --help lists them'),
-    (['--nothing=2'], 'unknown knob --nothing; --help lists them'),
-    (['--later=2'], 'unknown knob --later; --help lists them'),
-    (['--__file__=2'], 'unknown knob --__file__; --help lists them'),
+    # unknown option: the nearest
+    (['--batchsize=32'], 'unknown option --batchsize; did you mean --batch_size?'),
+    (['--batchsize', '32'], 'unknown option --batchsize; did you mean --batch_size?'),
+    (['--batch-size=32'], 'unknown option --batch-size; did you mean --batch_size?'),
+    (['--Seed=1'], 'unknown option --Seed; did you mean --seed?'),
+    (['--bais=True'], 'unknown option --bais; did you mean --bias?'),
+    (['--learning_rte=1'], 'unknown option --learning_rte; did you mean --learning_rate?'),
+    (['--compile_=False'], 'unknown option --compile_; did you mean --compile?'),
+    (['--no-compile'], 'unknown option --no-compile; did you mean --compile?'),
+    (['--wandb=True'], 'unknown option --wandb; --help lists them'),
+    (['--x'], 'unknown option --x; --help lists them'),
+    (['--'], 'unknown option --; --help lists them'),
+    (['--=3'], 'unknown option --; --help lists them'),
+    (['--a\nb=3'], 'unknown option --a\\nb; --help lists them'),
+    # not options: no underscored names, no other types, nothing that comes after
+    (['--_hidden=2'], 'unknown option --_hidden; --help lists them'),
+    (['--pair=2'], 'unknown option --pair; --help lists them'),
+    (['--nothing=2'], 'unknown option --nothing; --help lists them'),
+    (['--later=2'], 'unknown option --later; --help lists them'),
+    (['--__file__=2'], 'unknown option --__file__; --help lists them'),
     # no value
     (['--compile'], '--compile needs a value: --compile=True'),
     (['--bias'], '--bias needs a value: --bias=True'),
@@ -246,17 +347,17 @@ MISTAKES = [
     (['--learning_rate', '--bias=True'], '--learning_rate needs a value: --learning_rate=0.0006'),
     (['--dataset'], '--dataset needs a value: --dataset=openwebtext'),
     # bare words, missing config files
-    (['config/absent.py'], 'config/absent.py: no such config file; knobs are written --key=value'),
-    (['config'], 'config: no such config file; knobs are written --key=value'),
-    (['nonsense'], 'nonsense: no such config file; knobs are written --key=value'),
-    (['batch_size'], 'batch_size: no such config file; a knob is set with --batch_size=value'),
-    (['batchsize'], 'batchsize: no such config file; a knob is set with --batch_size=value'),
+    (['config/absent.py'], 'config/absent.py: no such config file; options are written --key=value'),
+    (['config'], 'config: no such config file; options are written --key=value'),
+    (['nonsense'], 'nonsense: no such config file; options are written --key=value'),
+    (['batch_size'], 'batch_size: no such config file; an option is set with --batch_size=value'),
+    (['batchsize'], 'batchsize: no such config file; an option is set with --batch_size=value'),
     (['batch_size=32'], 'batch_size=32: write --batch_size=32'),
     (['start=a=b'], 'start=a=b: write --start=a=b'),
-    (['-compile=False'], '-compile=False: no such config file; knobs are written --key=value'),
-    ([''], ': no such config file; knobs are written --key=value'),
-    (['a\nb'], 'a\\nb: no such config file; knobs are written --key=value'),
-    (['--compile=True', 'False'], 'False: no such config file; knobs are written --key=value'),
+    (['-compile=False'], '-compile=False: no such config file; options are written --key=value'),
+    ([''], ': no such config file; options are written --key=value'),
+    (['a\nb'], 'a\\nb: no such config file; options are written --key=value'),
+    (['--compile=True', 'False'], 'False: no such config file; options are written --key=value'),
 ]
 
 
@@ -274,9 +375,9 @@ def test_all_mistakes_are_listed(toy):
     assert toy.mistake('--seed=x', 'my.py', 'absent.py', '--Bias=True', '--compile') == [
         '--seed=x: seed takes an int',
         'my.py, line 1: batch_size=1.5: batch_size takes an int',
-        'my.py, line 2: unknown knob dropuot, did you mean dropout?',
-        'absent.py: no such config file; knobs are written --key=value',
-        'unknown knob --Bias; did you mean --bias?',
+        'my.py, line 2: unknown option dropuot, did you mean dropout?',
+        'absent.py: no such config file; options are written --key=value',
+        'unknown option --Bias; did you mean --bias?',
         '--compile needs a value: --compile=True']
 
 
@@ -285,7 +386,7 @@ def test_a_mistake_ends_a_real_process_with_2(toy):
                          capture_output=True, text=True, timeout=60)
     assert end.returncode == 2
     assert end.stdout == 'Overriding: seed = 3\n'
-    assert end.stderr == 'toy.py: unknown knob --batchsize; did you mean --batch_size?\n'
+    assert end.stderr == 'toy.py: unknown option --batchsize; did you mean --batch_size?\n'
 
 
 # -- config files: values -------------------------------------------------------------------------------------------
@@ -318,14 +419,14 @@ def test_a_mistake_ends_a_real_process_with_2(toy):
 def test_config_value(toy, body, key, value):
     config = toy(toy.file(body))['config']
     assert (config[key], type(config[key])) == (value, type(value))
-    assert config == {**KNOBS, key: value}
+    assert config == {**OPTIONS, key: value}
     assert toy.out == f'Overriding: {key} = {value}\n' and toy.err == ''
 
 
 @pytest.mark.parametrize('body', ['', '# nothing', 'pass', '_x = 3', 'import math', 'from os.path import join',
                                   'def double(n):\n    return 2 * n', 'double = lambda n: 2 * n', '[1 for i in "ab"]'])
 def test_config_that_says_nothing(toy, body):
-    assert toy(toy.file(body))['config'] == KNOBS
+    assert toy(toy.file(body))['config'] == OPTIONS
     assert toy.out == toy.err == ''
 
 
@@ -378,19 +479,19 @@ def test_a_mistake_in_a_config_of_the_repo(toy):
     ('dataset = 3', 'line 1: dataset=3: dataset takes a str'),
     ('dataset = None', 'line 1: dataset=None: dataset takes a str'),
     ('dataset = b"owt"', "line 1: dataset=b'owt': dataset takes a str"),
-    # a misspelt knob is an error, whatever its value
-    ('seed = 1\nbatchsize = 3', 'line 2: unknown knob batchsize, did you mean batch_size?'),
-    ('batch_sise = 3', 'line 1: unknown knob batch_sise, did you mean batch_size?'),
-    ('bacth_size = 3', 'line 1: unknown knob bacth_size, did you mean batch_size?'),
-    ('BATCH_size = 3\nlearning_rates = 1.0', 'line 2: unknown knob learning_rates, did you mean learning_rate?'),
-    ('dropuot = 0.1', 'line 1: unknown knob dropuot, did you mean dropout?'),
-    ('compile_ = False', 'line 1: unknown knob compile_, did you mean compile?'),
-    ('sed = 1', 'line 1: unknown knob sed, did you mean seed?'),
-    ('bais = True', 'line 1: unknown knob bais, did you mean bias?'),
-    ('datasets = "owt"', 'line 1: unknown knob datasets, did you mean dataset?'),
-    ('topk = None', 'line 1: unknown knob topk, did you mean top_k?'),
-    ('datasets = ["owt"]', 'line 1: unknown knob datasets, did you mean dataset?'),
-    ('dropouts = (0.1, 0.2)', 'line 1: unknown knob dropouts, did you mean dropout?'),
+    # a misspelt option is an error, whatever its value
+    ('seed = 1\nbatchsize = 3', 'line 2: unknown option batchsize, did you mean batch_size?'),
+    ('batch_sise = 3', 'line 1: unknown option batch_sise, did you mean batch_size?'),
+    ('bacth_size = 3', 'line 1: unknown option bacth_size, did you mean batch_size?'),
+    ('BATCH_size = 3\nlearning_rates = 1.0', 'line 2: unknown option learning_rates, did you mean learning_rate?'),
+    ('dropuot = 0.1', 'line 1: unknown option dropuot, did you mean dropout?'),
+    ('compile_ = False', 'line 1: unknown option compile_, did you mean compile?'),
+    ('sed = 1', 'line 1: unknown option sed, did you mean seed?'),
+    ('bais = True', 'line 1: unknown option bais, did you mean bias?'),
+    ('datasets = "owt"', 'line 1: unknown option datasets, did you mean dataset?'),
+    ('topk = None', 'line 1: unknown option topk, did you mean top_k?'),
+    ('datasets = ["owt"]', 'line 1: unknown option datasets, did you mean dataset?'),
+    ('dropouts = (0.1, 0.2)', 'line 1: unknown option dropouts, did you mean dropout?'),
     # an exception is one line: file, line, error
     ('seed = 1\n\n1 / 0', 'line 3: ZeroDivisionError: division by zero'),
     ('seed = undefined', "line 1: NameError: name 'undefined' is not defined"),
@@ -431,25 +532,25 @@ def test_config_that_is_no_python(toy, body, error):
 @pytest.mark.parametrize('value', ['3', '1.5', 'True', '"x"', 'None', '1j', '[1]', '(1, 2)', '{}', '{1}', 'b"x"'])
 def test_a_stranger_in_a_config_gets_a_note(toy, value):
     toy.file(f'seed = 2\ngpus = {value}\n')
-    assert toy('my.py')['config'] == {**KNOBS, 'seed': 2}
-    assert toy.out == 'Overriding: seed = 2\nnote: my.py, line 2: gpus is no knob of toy.py, ignored\n'
+    assert toy('my.py')['config'] == {**OPTIONS, 'seed': 2}
+    assert toy.out == 'Overriding: seed = 2\nnote: my.py, line 2: gpus is no option of toy.py, ignored\n'
     assert toy.err == ''
 
 
 @pytest.mark.parametrize('name', ['i', 'x', 'lr', 'tokens', 'block', 'weight_decay', 'BATCH'])
-def test_a_stranger_far_from_every_knob_is_no_mistake(toy, name):
+def test_a_stranger_far_from_every_option_is_no_mistake(toy, name):
     toy(toy.file(f'{name} = 1\n'))
-    assert toy.out == f'note: my.py, line 1: {name} is no knob of toy.py, ignored\n'
+    assert toy.out == f'note: my.py, line 1: {name} is no option of toy.py, ignored\n'
 
 
 # -- --help ---------------------------------------------------------------------------------------------------------
 
 HELP = '''\
-Toy: a script of nothing but knobs.
+Toy: a script of nothing but options.
 
     python toy.py config/small.py
 
-Knobs, set by --key=value or in a config file:
+Options, set by --key=value or in a config file:
 
   --batch_size=12                          sequences in a micro-step
   --block_size=1024
@@ -458,7 +559,7 @@ Knobs, set by --key=value or in a config file:
   --learning_rate=0.0006                   the highest # after warm-up
   --dropout=0.0
   --bias=False
-  --compile=True                           a knob that hides a builtin
+  --compile=True                           an option that hides a builtin
   --dataset='openwebtext'
   --start='\\n'                             the prompt
 '''
@@ -507,17 +608,17 @@ def refused(script, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('name, argument, message', [
-    ('train.py', '--batchsize=2', 'unknown knob --batchsize; did you mean --batch_size?'),
-    ('train.py', '--lr=1', 'unknown knob --lr; --help lists them'),
-    ('train.py', '--n_layers=2', 'unknown knob --n_layers; did you mean --n_layer?'),
+    ('train.py', '--batchsize=2', 'unknown option --batchsize; did you mean --batch_size?'),
+    ('train.py', '--lr=1', 'unknown option --lr; --help lists them'),
+    ('train.py', '--n_layers=2', 'unknown option --n_layers; did you mean --n_layer?'),
     ('train.py', '--max_iters=1e3.5', '--max_iters=1e3.5: max_iters takes an int'),
     ('train.py', '--compile', '--compile needs a value: --compile=True'),
-    ('train.py', 'config/train_gpt3.py', 'config/train_gpt3.py: no such config file; knobs are written --key=value'),
-    ('train.py', 'eval_only', 'eval_only: no such config file; a knob is set with --eval_only=value'),
-    ('sample.py', '--prompt=a', 'unknown knob --prompt; --help lists them'),
+    ('train.py', 'config/train_gpt3.py', 'config/train_gpt3.py: no such config file; options are written --key=value'),
+    ('train.py', 'eval_only', 'eval_only: no such config file; an option is set with --eval_only=value'),
+    ('sample.py', '--prompt=a', 'unknown option --prompt; --help lists them'),
     ('sample.py', '--temperature=hot', '--temperature=hot: temperature takes a float'),
     ('sample.py', '--start', '--start needs a value: --start=\\n'),
-    ('bench.py', '--profil=True', 'unknown knob --profil; did you mean --profile?'),
+    ('bench.py', '--profil=True', 'unknown option --profil; did you mean --profile?'),
     ('bench.py', '--steps=many', '--steps=many: steps takes an int'),
 ])
 def test_scripts_refuse_an_argument(refused, name, argument, message):
@@ -532,13 +633,13 @@ def test_scripts_refuse_an_argument(refused, name, argument, message):
     ('--log_interval=0', 'log_interval=0 must be at least 1'),
     ('--eval_iters=0', 'eval_iters=0 must be at least 1'),
     ('--dataset=', 'dataset= is empty: name a folder in data/, or a path to one'),
-    ('--max_iters=-1', 'max_iters=-1 must not be negative'),
-    ('--warmup_iters=-1', 'warmup_iters=-1 must not be negative'),
+    ('--max_iters=-1', 'max_iters=-1 must be at least 0'),
+    ('--warmup_iters=-1', 'warmup_iters=-1 must be at least 0'),
     ('--learning_rate=0', 'learning_rate=0.0 must be finite and above 0'),
     ('--learning_rate=inf', 'learning_rate=inf must be finite and above 0'),
-    ('--min_lr=nan', 'min_lr=nan must be finite and not negative'),
-    ('--min_lr=-1', 'min_lr=-1.0 must be finite and not negative'),
-    ('--weight_decay=-0.1', 'weight_decay=-0.1 must be finite and not negative'),
+    ('--min_lr=nan', 'min_lr=nan must be finite and at least 0'),
+    ('--min_lr=-1', 'min_lr=-1.0 must be finite and at least 0'),
+    ('--weight_decay=-0.1', 'weight_decay=-0.1 must be finite and at least 0'),
     ('--beta2=1', 'beta1=0.9 and beta2=1.0 must lie in [0, 1)'),
     ('--grad_clip=-1', 'grad_clip=-1.0 must not be negative; 0.0 is off'),
     ('--n_embd=100', 'n_embd=100 must be a multiple of n_head=12'),
@@ -594,8 +695,8 @@ def test_all_problems_in_one_list(refused, monkeypatch):
     assert refused('train.py', '--batch_size=-1', '--eval_interval=0', '--n_embd=100', '--dtype=bf16',
                    '--init_from=foo', '--device=gpu') == [
         'batch_size=-1 must be at least 1',
-        'gradient_accumulation_steps=40 must be a multiple of the 3 processes',
         'eval_interval=0 must be at least 1',
+        'gradient_accumulation_steps=40 must be a multiple of the 3 processes',
         'init_from=foo: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with config.json',
         'n_embd=100 must be a multiple of n_head=12',
         'device=gpu: choose auto, cpu, cuda, cuda:N or mps',
@@ -646,14 +747,14 @@ def folder(tmp_path_factory):
 
 def configure(folder, *arguments, body=None):
     """
-    The configurator on the toy's knobs, with streams that encode as a terminal's do; `body` becomes my.py. Returns the
-    `config` it leaves, None if it ended the script; asserts what holds for any input.
+    The configurator on the toy's options, with streams that encode as a terminal's do; `body` becomes my.py. Returns
+    the `config` it leaves, None if it ended the script; asserts what holds for any input.
     """
     if body is not None:
         (folder / 'my.py').write_bytes(body.encode('utf-8', 'surrogatepass'))
     out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
     err = io.TextIOWrapper(io.BytesIO(), 'utf-8', errors='backslashreplace')
-    space = {**KNOBS, '__file__': str(folder / 'toy.py')}
+    space = {**OPTIONS, '__file__': str(folder / 'toy.py')}
     argv, code = sys.argv, None
     try:
         sys.argv = ['toy.py', *arguments]
@@ -673,13 +774,13 @@ def configure(folder, *arguments, body=None):
     if code is not None:
         return None
     config = space['config']
-    assert {k: type(v) for k, v in config.items()} == {k: type(v) for k, v in KNOBS.items()}
+    assert {k: type(v) for k, v in config.items()} == {k: type(v) for k, v in OPTIONS.items()}
     assert all(space[k] is v for k, v in config.items())
     return config
 
 
 LETTERS = string.ascii_letters + string.punctuation.replace('*', '') + ' \n\r\t\0é\N{SNOWMAN}\u2028\udcff\U0001f600'
-NAMES = [*KNOBS, '_hidden', 'later', '', '-', 'help', 'gpus', '__file__', 'knobs', 'config']
+NAMES = [*OPTIONS, '_hidden', 'later', '', '-', 'help', 'gpus', '__file__', 'options', 'config']
 TEXTS = ['1', '-1', '1e3', '2.5', 'None', 'True', 'false', '', 'nan', '-inf', '1e999', '9' * 5000, 'a=b', '--', '0x10',
          "'", '\u0663', '1_0', '\n', '\udcff', 'good.py', '1e308']
 WORDS = ['good.py', 'bad.py', 'odd.py', 'absent.py', '--help', 'my.py']
@@ -725,7 +826,7 @@ def test_any_config_file(folder):
     ended = 0
     for case in range(2000):
         rng = random.Random(case)
-        names = [*KNOBS, 'gpus', 'batchsize', '_x', 'größe']
+        names = [*OPTIONS, 'gpus', 'batchsize', '_x', 'größe']
         body = '\n'.join(rng.choice(STATEMENTS) if rng.random() < 0.4 else
                          f'{rng.choice(names)} = {rng.choice(VALUES_IN_A_CONFIG)}' for _ in range(rng.randint(1, 4)))
         body = misspell(body, rng) if rng.random() < 0.3 else body
@@ -744,6 +845,6 @@ def test_any_text_as_config_file(folder):
 @given(st.text(max_size=20), st.integers(), st.floats(allow_nan=False), st.booleans())
 def test_any_value_arrives(folder, text, number, real, truth):
     values = dict(start=text, seed=number, learning_rate=real, bias=truth)
-    assert configure(folder, *(f'--{key}={value}' for key, value in values.items())) == {**KNOBS, **values}
+    assert configure(folder, *(f'--{key}={value}' for key, value in values.items())) == {**OPTIONS, **values}
     body = ''.join(f'{key} = {value!a}\n' for key, value in values.items() if key != 'learning_rate')
-    assert configure(folder, 'my.py', f'--learning_rate={real}', body=body) == {**KNOBS, **values}
+    assert configure(folder, 'my.py', f'--learning_rate={real}', body=body) == {**OPTIONS, **values}

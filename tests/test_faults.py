@@ -17,16 +17,16 @@ from tests.conftest import ROOT, TINY, flags, torchrun
 from tests.kill_loop import assert_same, ended, kill_loop, latest, records, start, start_ranks, text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and signals')
-KNOBS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 4}
+OPTIONS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 4}
 STOPPED = re.compile(r'^stopped by a signal after (\d+) updates; --init_from=resume goes on from here$', re.MULTILINE)
 TRAIN = os.path.join(ROOT, 'train.py')
 
 
 @pytest.fixture
-def knobs(dataset, tmp_path):
-    """knobs(name=value) as arguments of a run in tmp_path/out."""
+def options(dataset, tmp_path):
+    """options(name=value) as arguments of a run in tmp_path/out."""
     def arguments(**more):
-        return flags(**{**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / 'out', **more})
+        return flags(**{**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / 'out', **more})
     return arguments
 
 
@@ -70,14 +70,14 @@ def test_long_kill_loop(tmp_path, always_save_checkpoint, kills):
 
 
 @pytest.mark.parametrize('init_from', ['scratch', 'resume'])
-def test_stale_tmp_is_removed_at_the_start(script, knobs, tmp_path, init_from):
+def test_stale_tmp_is_removed_at_the_start(script, options, tmp_path, init_from):
     torch.set_num_threads(1)
-    script('train.py', *knobs(max_iters=4))
+    script('train.py', *options(max_iters=4))
     stale = [tmp_path / 'out' / f'{name}.tmp' for name in ('ckpt.pt', 'last.pt', 'log.jsonl')]
     for path in stale:
         path.write_bytes(b'PK\x03\x04 cut short')
     seen = []
-    script('train.py', *knobs(max_iters=5, init_from=init_from, eval_interval=1000),
+    script('train.py', *options(max_iters=5, init_from=init_from, eval_interval=1000),
            on_step=lambda step, model: seen.append([path.exists() for path in stale]))
     assert seen[0] == [False, False, False]
     assert latest(tmp_path / 'out')['iter_num'] == 5
@@ -86,9 +86,9 @@ def test_stale_tmp_is_removed_at_the_start(script, knobs, tmp_path, init_from):
 # -- signals, one process -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_signal_to_a_real_process(knobs, tmp_path, number):
+def test_signal_to_a_real_process(options, tmp_path, number):
     out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, TRAIN, *knobs(max_iters=10**6, eval_interval=10**6)], text=True,
+    process = subprocess.Popen([sys.executable, TRAIN, *options(max_iters=10**6, eval_interval=10**6)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
     try:
         until(lambda: updates_logged(out) >= 3)
@@ -107,9 +107,9 @@ def slow_step(at, seconds):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_quits_at_once(knobs, tmp_path, number):
+def test_second_signal_quits_at_once(options, tmp_path, number):
     out, output = tmp_path / 'out', str(tmp_path / 'output')
-    process = start(knobs(), output, setup=functools.partial(slow_step, 6, 60))
+    process = start(options(), output, setup=functools.partial(slow_step, 6, 60))
     until(lambda: updates_logged(out) >= 5)
     time.sleep(0.3)  # it sleeps in update 6 now
     os.kill(process.pid, number)
@@ -121,10 +121,10 @@ def test_second_signal_quits_at_once(knobs, tmp_path, number):
     assert latest(out)['iter_num'] == 4
 
 
-def test_signal_during_an_evaluation(knobs, tmp_path):
+def test_signal_during_an_evaluation(options, tmp_path):
     """The evaluation and the update after it are finished, then comes the end."""
     out, output = tmp_path / 'out', str(tmp_path / 'output')
-    process = start(knobs(eval_iters=400, max_iters=10**6), output)
+    process = start(options(eval_iters=400, max_iters=10**6), output)
     until(lambda: '{"kind": "run"' in text(str(out / 'log.jsonl')))
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
@@ -136,9 +136,9 @@ def test_signal_during_an_evaluation(knobs, tmp_path):
 # -- several processes ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('told, log_interval', [(0, 5), (1, 1)])
-def test_all_ranks_stop_when_one_is_told_to(knobs, tmp_path, told, log_interval):
+def test_all_ranks_stop_when_one_is_told_to(options, tmp_path, told, log_interval):
     out, output = tmp_path / 'out', str(tmp_path / 'output')
-    ranks = start_ranks(2, knobs(max_iters=10**6, eval_interval=10**6, log_interval=log_interval), output)
+    ranks = start_ranks(2, options(max_iters=10**6, eval_interval=10**6, log_interval=log_interval), output)
     until(lambda: updates_logged(out) >= 2)
     os.kill(ranks[told].pid, signal.SIGTERM)
     assert [ended(rank, 20) for rank in ranks] == [0, 0], text(f'{output}.0.err') + text(f'{output}.1.err')
@@ -157,9 +157,9 @@ def break_weights(value, rank, at):
 
 
 @pytest.mark.parametrize('value, rank, log_interval', [(math.nan, 1, 1), (math.inf, 0, 100)])
-def test_one_rank_that_is_not_finite_stops_all(knobs, tmp_path, value, rank, log_interval):
+def test_one_rank_that_is_not_finite_stops_all(options, tmp_path, value, rank, log_interval):
     out, output = tmp_path / 'out', str(tmp_path / 'output')
-    ranks = start_ranks(2, knobs(log_interval=log_interval), output, functools.partial(break_weights, value, rank, 6))
+    ranks = start_ranks(2, options(log_interval=log_interval), output, functools.partial(break_weights, value, rank, 6))
     assert [ended(process) for process in ranks] == [1, 1]
     said = text(f'{output}.0.err')
     assert re.fullmatch(r'iter 6: gradient norm (nan|inf), loss \(.*\), lr \d\.\d{3}e-\d\d, loss scale 1: '
@@ -179,9 +179,9 @@ def launch(*command):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun(knobs, tmp_path):
+def test_sigterm_to_torchrun(options, tmp_path):
     out = tmp_path / 'out'
-    process = launch(TRAIN, *knobs(max_iters=10**6, eval_interval=10**6))
+    process = launch(TRAIN, *options(max_iters=10**6, eval_interval=10**6))
     try:
         until(lambda: updates_logged(out) >= 3)
         told = time.monotonic()
@@ -211,42 +211,42 @@ def faulty(tmp_path, rank, fault):
     return str(path)
 
 
-def assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path):
+def assert_goes_on_as_if_nothing_had_happened(script, options, tmp_path):
     """What two processes left is resumed on one, and equals a run on one process to rounding."""
     torch.set_num_threads(1)
     assert latest(tmp_path / 'out')['iter_num'] == 4
-    script('train.py', *knobs(init_from='resume'))
-    script('train.py', *knobs(out_dir=tmp_path / 'straight'))
+    script('train.py', *options(init_from='resume'))
+    script('train.py', *options(out_dir=tmp_path / 'straight'))
     a, b = records(tmp_path / 'out'), records(tmp_path / 'straight')
     assert [r['iter'] for r in a] == [r['iter'] for r in b] == list(range(12))
     assert [r['loss'] for r in a] == pytest.approx([r['loss'] for r in b], rel=1e-5)
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_killed_rank_ends_the_other(script, knobs, tmp_path, rank):
+def test_killed_rank_ends_the_other(script, options, tmp_path, rank):
     output = str(tmp_path / 'output')
-    ranks = start_ranks(2, knobs(), output, functools.partial(slow_step, 6, 1))
+    ranks = start_ranks(2, options(), output, functools.partial(slow_step, 6, 1))
     until(lambda: updates_logged(tmp_path / 'out') >= 5)
     ranks[rank].kill()
     assert ended(ranks[rank]) == -signal.SIGKILL
     assert ended(ranks[1 - rank], 20) == 1
     assert 'Traceback (most recent call last)' in text(f'{output}.{1 - rank}.err')
     assert not STOPPED.search(text(f'{output}.0'))
-    assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path)
+    assert_goes_on_as_if_nothing_had_happened(script, options, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_rank_ends_the_job(script, knobs, tmp_path):
-    done = torchrun(2, faulty(tmp_path, 1, 'os.kill(os.getpid(), signal.SIGKILL)'), *knobs(), timeout=60)
+def test_killed_rank_ends_the_job(script, options, tmp_path):
+    done = torchrun(2, faulty(tmp_path, 1, 'os.kill(os.getpid(), signal.SIGKILL)'), *options(), timeout=60)
     assert done.returncode == 1
     assert 'exitcode  : -9' in done.stderr, done.stderr
     assert not STOPPED.search(done.stdout)
-    assert_goes_on_as_if_nothing_had_happened(script, knobs, tmp_path)
+    assert_goes_on_as_if_nothing_had_happened(script, options, tmp_path)
 
 
 @pytest.mark.slow
-def test_rank_that_raises_ends_the_job(knobs, tmp_path):
-    done = torchrun(2, faulty(tmp_path, 1, "raise RuntimeError('the trouble of rank 1')"), *knobs(), timeout=60)
+def test_rank_that_raises_ends_the_job(options, tmp_path):
+    done = torchrun(2, faulty(tmp_path, 1, "raise RuntimeError('the trouble of rank 1')"), *options(), timeout=60)
     assert done.returncode == 1
     assert 'Traceback (most recent call last)' in done.stderr
     assert 'RuntimeError: the trouble of rank 1' in done.stderr
@@ -255,10 +255,10 @@ def test_rank_that_raises_ends_the_job(knobs, tmp_path):
 
 
 @pytest.mark.slow
-def test_hung_rank_does_not_outlive_sigterm(knobs, tmp_path):
+def test_hung_rank_does_not_outlive_sigterm(options, tmp_path):
     """torchrun kills after 30 s what did not stop; the checkpoint from before stays."""
     path, out = faulty(tmp_path, 1, "__import__('time').sleep(1000)"), tmp_path / 'out'
-    process = launch(path, *knobs())
+    process = launch(path, *options())
     try:
         until(lambda: updates_logged(out) >= 5)
         process.terminate()
@@ -270,12 +270,12 @@ def test_hung_rank_does_not_outlive_sigterm(knobs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_and_resumed_bit_for_bit(knobs, tmp_path):
+def test_two_processes_stopped_and_resumed_bit_for_bit(options, tmp_path):
     """Signals to one rank, then to the other, then to the end: equal to two processes that nobody disturbed."""
     output, leg = str(tmp_path / 'output'), 0
     for told in (1, 0):
         seen = latest(tmp_path / 'out')['iter_num'] if leg else 0
-        ranks = start_ranks(2, knobs(max_iters=400, eval_interval=10**6, init_from='resume' if leg else 'scratch'),
+        ranks = start_ranks(2, options(max_iters=400, eval_interval=10**6, init_from='resume' if leg else 'scratch'),
                             output)
         until(lambda seen=seen: updates_logged(tmp_path / 'out') >= seen + 10)
         os.kill(ranks[told].pid, signal.SIGINT)
@@ -283,7 +283,7 @@ def test_two_processes_stopped_and_resumed_bit_for_bit(knobs, tmp_path):
         leg += 1
     final = latest(tmp_path / 'out')['iter_num'] + 10
     for more in ({'init_from': 'resume'}, {'out_dir': tmp_path / 'straight'}):
-        ranks = start_ranks(2, knobs(max_iters=final, eval_interval=10**6, **more), output)
+        ranks = start_ranks(2, options(max_iters=final, eval_interval=10**6, **more), output)
         assert [ended(rank) for rank in ranks] == [0, 0]
     assert_same(tmp_path / 'out', tmp_path / 'straight')
 

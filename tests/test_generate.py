@@ -1,14 +1,11 @@
 """Generation: the cache, the window past block_size and the sampling give what re-reading everything would."""
 
 import math
-import platform
-import sys
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, Linear, sample_ids
-from tests.conftest import ROOT, run
+from model import GPT, GPTConfig, KVCache, sample_ids
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 GREEDY = dict(temperature=0, top_k=None, top_p=1.0)
@@ -75,50 +72,16 @@ def test_nor_does_it_with_trained_weights(trained, length, how, device):
     assert_the_same_tokens(trained, 3, length, how, device)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a torch with oneDNN')
-def test_nor_do_packed_weights():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=4, n_embd=256)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    layers = [model.transformer.h[0].attn.c_attn, model.transformer.h[0].attn.c_proj, model.transformer.h[1].mlp.c_fc]
-    tokens = model.stream(torch.zeros(3, 1, dtype=torch.long), 32)
-    next(tokens)
-    assert [layer.packed is not None for layer in layers] == [True, False, True]  # the second is small
-    tokens.close()
-    assert not any(layer.packed is not None for layer in layers), 'and later changes of the weights count'
-    assert_the_same_tokens(model, 3, BLOCK - 1, TOP_K, 'cpu')
-    for rows, new in ((1, 32), (3, 31)):  # where it does not pay
-        tokens = model.stream(torch.zeros(rows, 1, dtype=torch.long), new)
-        next(tokens)
-        assert not any(layer.packed is not None for layer in layers)
-
-
 @torch.no_grad()
-def test_nor_do_packed_weights_in_bfloat16_change_more_than_rounding():
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        pytest.skip('needs a CPU on which oneDNN computes in bfloat16')
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=4, n_embd=256)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    model, idx = model.bfloat16(), torch.randint(65, (3, BLOCK))
-    wanted = model(idx)[0]
-    for rows in (1, 3):
-        with model.packed(rows):
-            assert all(layer.packed is not None for layer in model.modules() if isinstance(layer, Linear))
-            assert (model(idx)[0] - wanted).abs().max() < 2e-2 * wanted.abs().max()
-
-
-@torch.no_grad()
-def assert_the_same_tokens(gpt, batch, length, how, device):
+def assert_the_same_tokens(gpt, batch, length, how, device, stream=GPT.stream):
+    """Those of re-reading everything; test_fast.py has this done for fast.stream."""
     g = torch.Generator().manual_seed(length)
     idx = torch.randint(65, (batch, length), generator=g).to(device)
     uniforms = torch.rand(batch, 3 * BLOCK, generator=g)
     model = gpt.to(device)
     torch.set_float32_matmul_precision('highest')
     wanted, closest = reference(model, idx, uniforms.to(device), **how)
-    got = model.generate(idx, 3 * BLOCK, uniforms=uniforms, **how)
+    got = torch.stack((*idx.T, *stream(model, idx, 3 * BLOCK, uniforms=uniforms, **how)), dim=1)
     gpt.to('cpu')
     differ = (got != wanted).any(dim=1)
     assert not differ.any() or closest < 1e-5
@@ -152,27 +115,24 @@ def test_bfloat16_logits_through_the_cache(gpt):
     half = GPT(gpt.config).eval()
     half.load_state_dict(gpt.state_dict())
     half.bfloat16()
-    cache = KVCache(gpt.config, 2, BLOCK, torch.device('cpu'), torch.bfloat16)
-    half(idx[:, :10], cache=cache)
+    caches = [KVCache(BLOCK) for _ in half.transformer.h]
+    half(idx[:, :10], caches=caches)
     for t in range(10, BLOCK):
-        logits = half(idx[:, t:t + 1], cache=cache)[0]
+        logits = half(idx[:, t:t + 1], caches=caches)[0]
     assert (logits.float() - plain).abs().max() <= 2e-2 * plain.abs().max()
-    assert cache.kv.nbytes == KVCache.nbytes(gpt.config, 2, BLOCK, torch.bfloat16)
+    assert caches[0].k.shape == (2, 2, BLOCK, 16) and caches[0].k.dtype == caches[0].v.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('kernels', [True, False])
 @torch.no_grad()
-def test_what_lies_beyond_the_filled_part_does_not_matter(gpt, device, kernels, monkeypatch):
-    if not kernels:
-        monkeypatch.setattr('model.triton_works', lambda device: False)
+def test_what_lies_beyond_the_filled_part_does_not_matter(gpt, device):
     torch.set_float32_matmul_precision('highest')
     idx = torch.randint(65, (2, 8), device=device)
-    cache = KVCache(gpt.config, 2, BLOCK, torch.device(device), torch.float32)
-    cache.kv.fill_(1e4)
-    model = gpt.to(device)
-    model(idx[:, :7], cache=cache)
-    logits, wanted = model(idx[:, 7:], cache=cache)[0], model(idx)[0]
+    caches, model = [KVCache(BLOCK) for _ in gpt.transformer.h], gpt.to(device)
+    model(idx[:, :7], caches=caches)
+    for cache in caches:
+        cache.k[:, :, 7:], cache.v[:, :, 7:] = 1e4, 1e4
+    logits, wanted = model(idx[:, 7:], caches=caches)[0], model(idx)[0]
     gpt.to('cpu')
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
@@ -196,13 +156,13 @@ def test_what_top_k_and_top_p_leave(how, allowed):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('V', [7, 64, 65, 1000, 50257])
-def test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device):
+def test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device, draw=sample_ids):
     g = torch.Generator().manual_seed(0)
     for top_k in (None, 1, 20, 200, V):
         logits = (3 * torch.randn(16, V, generator=g) - 20).to(dtype)
         logits[:, ::7] = -math.inf
         u = torch.rand(16, generator=g)
-        ids = sample_ids(logits.to(device), u.to(device), 0.8, top_k, 1.0).cpu()[:, None]
+        ids = draw(logits.to(device), u.to(device), 0.8, top_k, 1.0).cpu()[:, None]
         p = torch.softmax(logits.double() / 0.8, -1)
         p[p < p.sort(-1).values[:, -min(top_k or V, V), None]] = 0
         p /= p.sum(-1, keepdim=True)
@@ -211,20 +171,20 @@ def test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_the_largest_uniform_below_one_draws_a_possible_id(device):
+def test_the_largest_uniform_below_one_draws_a_possible_id(device, draw=sample_ids):
     logits = torch.full((4, 1000), -math.inf, device=device)
     logits[:, 500] = logits[:, 20] = 3.0
     u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24], device=device)
     for top_k in (None, 200):
-        assert sample_ids(logits, u, 1.0, top_k, 1.0).tolist() == [20, 20, 500, 500]
+        assert draw(logits, u, 1.0, top_k, 1.0).tolist() == [20, 20, 500, 500]
 
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('V', [40, 48])
-def test_logits_that_are_nan_draw_an_id_all_the_same(V, device):
+def test_logits_that_are_nan_draw_an_id_all_the_same(V, device, draw=sample_ids):
     logits, u = torch.full((3, V), math.nan, device=device), torch.rand(3, device=device)
     for top_k in (None, 5):
-        ids = sample_ids(logits, u, 1.0, top_k, 1.0)
+        ids = draw(logits, u, 1.0, top_k, 1.0)
         assert ((0 <= ids) & (ids < V)).all()
 
 
@@ -238,27 +198,3 @@ def test_it_streams(gpt):
     first = next(steps).clone()
     assert first.shape == (2,)
     assert len(list(steps)) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
-def test_windows_find_their_memory_where_the_last_one_left_it():
-    """Nearly no page faults, of which a layer of 1.3 MB, given back to the system every time, would cost hundreds."""
-    done = run(sys.executable, '-c', """
-import resource, torch
-from model import GPT, GPTConfig
-model, faults = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=4, n_embd=128)).eval(), []
-for ids in model.stream(torch.zeros(10, 64, dtype=torch.long), 120):
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print((faults[-1] - faults[20]) / 99)
-""", cwd=ROOT)
-    assert float(done.stdout) < 50, done.stderr
-
-
-@pytest.mark.slow
-def test_it_compiles(gpt):
-    idx, uniforms = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 30)
-    plain = gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms)
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms, compiled=True), plain)
-    assert not torch._dynamo.utils.counters['graph_break'], 'whole steps, not pieces of them'

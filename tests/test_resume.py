@@ -19,7 +19,7 @@ from tests.conftest import ROOT, TINY, flags, run
 from tests.kill_loop import assert_same, ended, latest, records, start, start_ranks, text
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-KNOBS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 5}
+OPTIONS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 5}
 
 
 def signal_at(*steps, number=signal.SIGTERM):
@@ -29,10 +29,10 @@ def signal_at(*steps, number=signal.SIGTERM):
 
 @pytest.fixture
 def train(script, dataset, tmp_path):
-    """train(folder, on_step, knobs) runs train.py in this process and returns its namespace, or its exit code."""
-    def execute(folder='out', on_step=lambda step, model: None, threads=1, **knobs):
+    """train(folder, on_step, options) runs train.py in this process and returns its namespace, or its exit code."""
+    def execute(folder='out', on_step=lambda step, model: None, threads=1, **options):
         torch.set_num_threads(threads)
-        words = flags(**{**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / folder, **knobs})
+        words = flags(**{**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / folder, **options})
         try:
             return script('train.py', *words, on_step=on_step)
         except SystemExit as e:
@@ -40,17 +40,17 @@ def train(script, dataset, tmp_path):
     return execute
 
 
-STRAIGHT = {}  # runs that nothing disturbed, by their knobs
+STRAIGHT = {}  # runs that nothing disturbed, by their options
 
 
 @pytest.fixture
 def straight(train, tmp_path_factory):
-    """straight(knobs): out_dir of such a run."""
-    def folder(**knobs):
-        key = str(knobs)
+    """straight(options): out_dir of such a run."""
+    def folder(**options):
+        key = str(options)
         if key not in STRAIGHT:
             STRAIGHT[key] = tmp_path_factory.mktemp('straight')
-            train(STRAIGHT[key], **knobs)
+            train(STRAIGHT[key], **options)
         return STRAIGHT[key]
     return folder
 
@@ -81,32 +81,32 @@ def test_stopped_by_a_signal(train, straight, tmp_path, capsys, dtype, number, s
 
 def test_runs_differ_where_they_should(train, straight, tmp_path):
     """The comparison can fail: another seed, or dropout, or one update more is seen."""
-    for knobs in ({'seed': 1}, {'dropout': 0.1}, {'max_iters': 13}):
-        train('other', **knobs)
+    for options in ({'seed': 1}, {'dropout': 0.1}, {'max_iters': 13}):
+        train('other', **options)
         with pytest.raises(AssertionError):
             assert_same(tmp_path / 'other', straight())
 
 
 def test_without_dropout_and_with_biases_and_clipping_off(train, straight, tmp_path):
-    knobs = {'dropout': 0.0, 'bias': True, 'grad_clip': 0.0, 'decay_lr': False}
-    train('out', **knobs, max_iters=7)
-    train('out', **knobs, init_from='resume')
-    assert_same(tmp_path / 'out', straight(**knobs))
+    options = {'dropout': 0.0, 'bias': True, 'grad_clip': 0.0, 'decay_lr': False}
+    train('out', **options, max_iters=7)
+    train('out', **options, init_from='resume')
+    assert_same(tmp_path / 'out', straight(**options))
 
 
-@pytest.mark.parametrize('knobs', [{'eval_interval': 1, 'eval_iters': 3}, {'eval_interval': 1000}, {'eval_iters': 1},
+@pytest.mark.parametrize('options', [{'eval_interval': 1, 'eval_iters': 3}, {'eval_interval': 1000}, {'eval_iters': 1},
                                    {'always_save_checkpoint': False}], ids=str)
-def test_evaluation_and_saving_do_not_change_training(train, straight, tmp_path, knobs):
-    train('out', **knobs)
+def test_evaluation_and_saving_do_not_change_training(train, straight, tmp_path, options):
+    train('out', **options)
     assert_same(tmp_path / 'out', straight())
 
 
 @pytest.mark.slow
 def test_on_two_threads(train, straight, tmp_path):
-    knobs = {'threads': 2, 'n_embd': 64, 'batch_size': 16, 'max_iters': 4}  # large enough to be split among them
-    train('out', **{**knobs, 'max_iters': 2})
-    train('out', **knobs, init_from='resume')
-    assert_same(tmp_path / 'out', straight(**knobs))
+    options = {'threads': 2, 'n_embd': 64, 'batch_size': 16, 'max_iters': 4}  # large enough to be split among them
+    train('out', **{**options, 'max_iters': 2})
+    train('out', **options, init_from='resume')
+    assert_same(tmp_path / 'out', straight(**options))
 
 
 def test_evaluations_are_the_same_too(train, straight, tmp_path):
@@ -171,9 +171,9 @@ def test_nothing_left_to_do(train, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
 
 
-# -- what comes from the file, what from the knobs ------------------------------------------------------------------
+# -- what comes from the file, what from the options ------------------------------------------------------------------
 
-def test_hyperparameters_come_from_the_knobs(train, straight, tmp_path):
+def test_hyperparameters_come_from_the_options(train, straight, tmp_path):
     train('out', max_iters=6)
     path = str(tmp_path / 'out/ckpt.pt')
     state = ckpt.load(path)
@@ -250,8 +250,8 @@ def test_tensors_that_do_not_fit_are_named(train, dataset, tmp_path, damage, wor
     ckpt.save(path, state)
     with open(path, 'rb') as f:
         before = f.read()
-    knobs = {**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'init_from': 'resume'}
-    code, said = ended(start(flags(**knobs), str(tmp_path / 'output'))), text(str(tmp_path / 'output.err'))
+    options = {**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'init_from': 'resume'}
+    code, said = ended(start(flags(**options), str(tmp_path / 'output'))), text(str(tmp_path / 'output.err'))
     assert code == 2 and said.count('\n') == 1, f'exit code {code}: {said}'
     assert [word for word in words if word not in said] == []
     with open(path, 'rb') as f:
@@ -289,7 +289,7 @@ def elastic(dataset, folder, plan):
     os.makedirs(folder)
     drawn = {}
     for leg, (processes, until) in enumerate(plan):
-        words = flags(**{**KNOBS, 'dataset': dataset, 'out_dir': folder / 'out', 'gradient_accumulation_steps': 4,
+        words = flags(**{**OPTIONS, 'dataset': dataset, 'out_dir': folder / 'out', 'gradient_accumulation_steps': 4,
                          'eval_interval': 20, 'lr_decay_iters': 50, 'max_iters': until,
                          'init_from': 'resume' if leg else 'scratch'})
         path = str(folder / f'leg{leg}')
@@ -350,7 +350,7 @@ def test_any_number_of_processes(dataset, tmp_path, plan):
 def test_compiled_run_resumes_bit_for_bit(dataset, tmp_path):
     for folder, stops in (('straight', [12]), ('out', [5, 12])):
         for n, stop in enumerate(stops):
-            words = {**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / folder, 'compile': True, 'max_iters': stop,
+            words = {**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / folder, 'compile': True, 'max_iters': stop,
                      'n_layer': 1}
             done = run('train.py', *flags(**words, init_from='resume' if n else 'scratch'))
             assert done.returncode == 0 and 'torch.compile does not work' not in done.stdout, done.stderr
@@ -360,7 +360,7 @@ def test_compiled_run_resumes_bit_for_bit(dataset, tmp_path):
 
 @pytest.mark.slow
 def test_kill_from_outside(dataset, tmp_path):
-    words = {**KNOBS, 'dataset': dataset, 'eval_interval': 7, 'max_iters': 10**6, 'lr_decay_iters': 500}
+    words = {**OPTIONS, 'dataset': dataset, 'eval_interval': 7, 'max_iters': 10**6, 'lr_decay_iters': 500}
     train = [sys.executable, os.path.join(ROOT, 'train.py')]
     one_thread = {**os.environ, 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen([*train, *flags(**words, out_dir=tmp_path / 'out')], stdout=subprocess.DEVNULL,
@@ -383,7 +383,7 @@ def test_kill_from_outside(dataset, tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'wait4'), reason='needs wait4')
 def test_resume_needs_no_more_memory_than_scratch(dataset, tmp_path):
     """20M parameters: the file is 240 MB, which would show if any of it were held beside model and optimizer."""
-    words = {**KNOBS, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'n_layer': 6, 'n_embd': 512, 'batch_size': 1,
+    words = {**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'n_layer': 6, 'n_embd': 512, 'batch_size': 1,
              'gradient_accumulation_steps': 1, 'eval_iters': 1, 'eval_interval': 1000}
     peak = {}
     for init_from, until in (('scratch', 2), ('resume', 4)):

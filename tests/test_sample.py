@@ -25,16 +25,16 @@ def out_dir(tmp_path):
 
 @pytest.fixture
 def sample(script, out_dir, capsys):
-    """sample(**knobs) runs sample.py on out_dir and returns what it printed, the samples and its exit code."""
+    """sample(**options) runs sample.py on out_dir and returns what it printed, the samples and its exit code."""
     torch.set_num_threads(1)
 
-    def execute(**knobs):
+    def execute(**options):
         capsys.readouterr()
-        knobs = {'out_dir': out_dir, 'device': 'cpu', 'dtype': 'float32', 'num_samples': 2, 'max_new_tokens': 12,
-                 **knobs}
+        options = {'out_dir': out_dir, 'device': 'cpu', 'dtype': 'float32', 'num_samples': 2, 'max_new_tokens': 12,
+                 **options}
         code = 0
         try:
-            script('sample.py', *flags(**knobs))
+            script('sample.py', *flags(**options))
         except SystemExit as e:
             code = e.code or 0
         out, err = capsys.readouterr()
@@ -50,7 +50,7 @@ def build(vocab_size: int, **more) -> GPT:
     model = GPT(GPTConfig(**{**SHAPE, 'vocab_size': vocab_size, **more})).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)  # far enough from uniform that every knob shows
+            p.add_(torch.randn_like(p) * 0.2)  # far enough from uniform that every option shows
     return model
 
 
@@ -130,7 +130,7 @@ def test_a_prompt_file_that_cannot_be_read(sample, chars, tmp_path, content, pro
     assert done.code == 2 and done.err == f'sample.py: start=FILE:{path}: {problem}\n'
 
 
-# -- knobs ----------------------------------------------------------------------------------------------------------
+# -- options ----------------------------------------------------------------------------------------------------------
 
 def test_an_unknown_character_is_named(sample, chars):
     with pytest.raises(DataError, match=r"character 'Z' is not among the 12 known ones: '\\n abcdefghij'"):
@@ -202,9 +202,9 @@ def test_stream_prints_what_comes_at_the_end_otherwise(sample, chars, monkeypatc
 def test_what_cannot_fit_is_said_before_it_starts(sample, chars, monkeypatch):
     for length, need in (7, 16 * 2 * 2 * 7 + 12 * 16), (20, 16 * 2 * 2 * 8 + 12 * 16 * 8):  # past block_size it reads 8
         need = need * 4 * 3  # bytes, for three samples
-        monkeypatch.setattr('model.free_memory', lambda device, free=need: free)
+        monkeypatch.setattr('os.sysconf', lambda name, free=need: free if name == 'SC_AVPHYS_PAGES' else 1)
         assert sample(num_samples=3, max_new_tokens=length - 1).code == 0
-        monkeypatch.setattr('model.free_memory', lambda device, free=need - 1: free)
+        monkeypatch.setattr('os.sysconf', lambda name, free=need - 1: free if name == 'SC_AVPHYS_PAGES' else 1)
         done = sample(num_samples=3, max_new_tokens=length - 1)
         assert done.code == 2 and 'num_samples=3 need 0.0 GB of memory, 0.0 GB are free: take fewer' in done.err
 
@@ -289,10 +289,10 @@ def padded(out_dir, gpt2):
     return store(out_dir, model, gpt2)
 
 
-@pytest.mark.parametrize('knobs', [dict(temperature=0), dict(), dict(top_k=0, temperature=3.0), dict(top_k=10 ** 6)],
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(), dict(top_k=0, temperature=3.0), dict(top_k=10 ** 6)],
                          ids=str)
-def test_padded_ids_are_never_drawn(sample, padded, gpt2, knobs):
-    done = sample(start='Hello', num_samples=4, max_new_tokens=24, **knobs)
+def test_padded_ids_are_never_drawn(sample, padded, gpt2, options):
+    done = sample(start='Hello', num_samples=4, max_new_tokens=24, **options)
     assert done.code == 0 and len(done.samples) == 4 and all(s.startswith('Hello') for s in done.samples)
 
 

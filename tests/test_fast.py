@@ -1,0 +1,592 @@
+"""fast.py: every part gives what its plain twin in model.py or torch gives, and the way through it is the usual one."""
+
+import math
+import platform
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fast
+from fast import CPUAttention, CPUDropout, FusedCrossEntropy, GELUByPolynomial, captured, triton_works
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from tests import test_generate
+from tests.conftest import ROOT, TINY, flags, run
+from tests.test_generate import BLOCK, GREEDY, TOP_K, TOP_P, assert_the_same_tokens, gpt, trained  # noqa: F401
+from tests.test_model import SMALL, ids, small
+from tests.test_train import out_dir, records, train  # noqa: F401
+
+cuda = pytest.mark.gpu
+GPU = {**TINY, 'device': 'cuda', 'dtype': 'bfloat16'}
+DEVICES = ['cpu', pytest.param('cuda', marks=cuda)]
+
+
+def gradients(net: GPT) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+# -- training: parts that take the place of plain ones --------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_on_a_cpu_names_parameters_and_evaluation_stay(dtype):
+    net, twin, x = small(dropout=0.1), small(dropout=0.1), ids(3, 16)
+    names = [name for name, _ in net.named_parameters()]
+    assert fast.for_training(net, dtype, compiled=False, gradients=True) is False
+    assert [name for name, _ in net.named_parameters()] == names and isinstance(net, GPT)
+    kinds = {type(module) for module in net.modules()}
+    assert {CPUDropout, CPUAttention} < kinds and not {nn.Dropout, CausalSelfAttention} & kinds
+    assert torch.equal(net(x, x)[0], twin(x, x)[0])
+
+
+def test_parts_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(fast, 'left_out', {'CPUDropout', 'BFloat16Stream'})
+    net = small(dropout=0.1)
+    fast.for_training(net, torch.bfloat16, compiled=False, gradients=True)
+    kinds = {type(module) for module in net.modules()}
+    assert {nn.Dropout, CPUAttention} < kinds and not isinstance(net, fast.BFloat16Stream)
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.25])
+def test_gradients_in_bfloat16_on_a_cpu_are_as_near_to_float32_as_autocast(dropout):
+    errors = []
+    for seed in range(4):
+        x, losses = ids(3, 16, seed=seed), {}
+        for how, dtype in (('exact', torch.float32), ('ours', torch.bfloat16), ('autocast', torch.bfloat16)):
+            net = small(seed, dropout=dropout).train()
+            if how != 'autocast' or dropout:
+                fast.for_training(net, dtype, compiled=False, gradients=True)  # for dropout: the same masks
+            if how == 'autocast':
+                net.__class__ = GPT
+                for module in net.modules():
+                    if type(module) is CPUAttention:
+                        module.__class__ = WrittenOut
+            torch.manual_seed(5)
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                net(x, x)[1].backward()
+            losses[how] = gradients(net)
+        errors.append([(losses[how] - losses['exact']).norm() / losses['exact'].norm() for how in ('ours', 'autocast')])
+    ours, autocast = torch.tensor(errors).mean(0)
+    assert 0 < ours < 1.25 * autocast < 0.1
+
+
+class WrittenOut(CausalSelfAttention):
+    """Attention as the formula has it, with whatever autocast makes of its parts."""
+
+    def attend(self, q, k, v):
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
+        later = torch.ones(q.size(2), q.size(2)).triu(1).bool()
+        return self.attn_dropout(scores.masked_fill(later, -math.inf).softmax(-1)) @ v
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.25])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attention_on_a_cpu_is_the_formula(dtype, dropout):
+    config = GPTConfig(**SMALL, dropout=dropout)
+    ours, twin = CPUAttention(config), WrittenOut(config)
+    ours.attn_dropout = twin.attn_dropout = CPUDropout(dropout)
+    q, k, v = torch.randn(3, 2, 2, 16, 16, dtype=torch.float64).to(dtype)
+    torch.manual_seed(5)
+    y = ours.attend(q, k, v)
+    torch.manual_seed(5)
+    near = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(y, twin.attend(q, k, v), **near)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_activations_between_blocks_are_bfloat16_under_autocast_alone(dtype):
+    net, x, seen = small(), ids(3, 16), []
+    fast.for_training(net, dtype, compiled=False, gradients=True)
+    net.transformer.h[1].register_forward_hook(lambda block, given, result: seen.append((given[0].dtype, result.dtype)))
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        net(x, x)
+    net(x, x)
+    assert seen == [(dtype, dtype), (torch.float32, torch.float32)]
+
+
+def test_fast_gelu_is_the_exact_gelu():
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64, requires_grad=True)
+    wanted, ours = F.gelu(x), GELUByPolynomial.apply(single := x.detach().float().requires_grad_())
+    near = (x.abs() < 6) & (x != 0)
+    assert ((ours - wanted) / wanted)[near].abs().max() < 1e-5
+    assert (ours - wanted).abs().max() < 1e-6
+    slopes = [torch.autograd.grad(y.sum(), at)[0] for y, at in ((ours, single), (wanted, x))]
+    assert (slopes[0] - slopes[1]).abs().max() < 3e-6
+
+
+def test_fast_gelu_rounds_to_16_bits():
+    """Of all finite bfloat16 values few, 97 here, give another result than the exact one rounded once; F.gelu: 117."""
+    x = torch.arange(-1 << 15, 1 << 15).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    exact = F.gelu(x.double()).bfloat16()
+    assert (GELUByPolynomial.apply(x) != exact).sum() < 120
+    torch.testing.assert_close(GELUByPolynomial.apply(x), exact)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('p', [0.2, 0.9, 1e-9, 1 - 1e-9])
+def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
+    x, module = torch.ones(301, 1003, dtype=dtype, requires_grad=True), CPUDropout(p)
+    torch.manual_seed(3)
+    y, another = module(x), module(x)
+    kept = (y != 0).double()
+    share = min(p, 65535 / 65536)  # one of 65,536 values is always kept
+    assert abs(kept.mean() - (1 - share)) < 5 * math.sqrt(share * (1 - share) / x.numel()) + 1 / 65536
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2
+    assert y.max().item() == pytest.approx(1 / (1 - share), rel=rounding)
+    assert abs(y.double().mean() - 1) < 5 * math.sqrt(share / (1 - share) / x.numel()) + rounding
+    if 0.1 < p < 0.99:
+        assert len(y.unique()) == 2
+        for other in ((another != 0).double().flatten(), *(kept.flatten().roll(lag) for lag in (1, 2, 3, 4, 1003))):
+            correlation = torch.corrcoef(torch.stack((kept.flatten(), other)))[0, 1]
+            assert abs(correlation) < 5 / math.sqrt(x.numel()), 'elements are dropped independently'
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()), 'and the gradient by the same mask'
+    torch.manual_seed(3)
+    assert torch.equal(module(x) != 0, kept.bool())
+    assert torch.equal(module.eval()(x), x)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_on_a_cpu_drops_this_share():
+    module, x = torch.compile(CPUDropout(0.25), fullgraph=True), torch.ones(1001, 999)
+    y, another = module(x), module(x)
+    kept = (y != 0).double().flatten()
+    for each in (kept, *(kept[i::4] for i in range(4))):
+        assert abs(each.mean() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / len(each))
+    assert set(y.unique().tolist()) == {0.0, y.max().item()} and y.max().item() == pytest.approx(4 / 3)
+    assert not torch.equal(y, another)
+
+
+# -- training: one tensor of gradients ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monkeypatch, bias):
+    """What training on CUDA does, here with copies in float32 and another matmul."""
+    def add_product(total, a, b):
+        added.append(total.add_(a.t() @ b))
+
+    x, y, added = ids(3, 16), ids(3, 16, seed=1), []
+    net, twin = small(bias=bias), small(bias=bias)
+    monkeypatch.setattr(fast, 'add_product', add_product)
+    fast.flatten_gradients(net)
+    fast.add_gradients(net, torch.float32)
+    for n in (1, 2):
+        (n * net(x, y)[1]).backward()
+        (n * twin(x, y)[1]).backward()
+    assert len(added) == 2 * (4 * SMALL['n_layer'] + 1)
+    assert sum(type(module) is fast.FoldedLayerNorm for module in net.modules()) == (0 if bias else 4)
+    fast.finish_gradients(net)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), twin.parameters()):
+            p.sub_(p.grad)
+            q.sub_(q.grad)
+    assert (net(x, y)[0] - twin(x, y)[0]).abs().max() > 1e-2, 'copies are of the weights as they were'
+    fast.renew_copies(net)
+    torch.testing.assert_close(net(x, y)[0], twin(x, y)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_all_gradients_are_one_tensor():
+    net = small()
+    fast.flatten_gradients(net)
+    net(ids(3, 16), ids(3, 16))[1].backward()
+    assert net.gradients.norm().item() == pytest.approx(gradients(net).norm().item())
+    assert all(p.grad.untyped_storage().data_ptr() == net.gradients.data_ptr() for p in net.parameters())
+    assert 'gradients' not in net.state_dict()
+
+
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_train_py_with_one_tensor_of_gradients_trains_alike(train, out_dir, monkeypatch, compile):  # noqa: F811
+    """What it does on CUDA, here on a CPU: copies in 16 bits with LayerNorms in them, gradients added in matmuls."""
+    @fast.add_product.register_kernel('cpu')
+    def add_product(total, a, b):
+        added.append(total.add_(a.t().float() @ b.float()))
+
+    def for_training(model, dtype, compiled, gradients):
+        assert (dtype, compiled, gradients) == (torch.bfloat16, compile, True)
+        fast.flatten_gradients(model)
+        fast.add_gradients(model, dtype)
+        return True
+
+    runs = []
+    for flat in (False, True):
+        added = []
+        done = train(compile=compile, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, max_iters=6, log_interval=1)
+        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * flat
+        norms = [r['norm'] for r in records(out_dir, 'train')]
+        runs.append((norms, {k: p.detach() for k, p in done.names['raw_model'].named_parameters()}))
+        monkeypatch.setattr(fast, 'for_training', for_training)
+    (norms, wanted), (others, ours) = runs
+    assert others == pytest.approx(norms, rel=0.02)
+    for name, p in wanted.items():
+        assert (ours[name] - p).norm() < 0.25 * (p - (1 if p.dim() == 1 else 0)).norm(), name
+
+
+@cuda
+@pytest.mark.parametrize('compiled', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_gradients_on_cuda_are_as_near_to_float32_as_autocast(bias, compiled):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    config = GPTConfig(block_size=256, vocab_size=1024, n_layer=6, n_head=6, n_embd=384, bias=bias)
+    plain = GPT(config).cuda()
+    for norm in (module for module in plain.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randint(1024, (8, 257), device='cuda')
+    x, y = x[:, :-1].contiguous(), x[:, 1:].contiguous()
+
+    def gradient(net, dtype, times=1):
+        for _ in range(times):
+            with torch.autocast('cuda', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = net(x, y)[1]
+            loss.backward()
+        if net is not plain:
+            fast.finish_gradients(net)
+        found = gradients(net) / times
+        for p in net.parameters():
+            p.grad.zero_()
+        return found
+
+    def quick(dtype):
+        net = GPT(config).cuda()
+        net.load_state_dict(plain.state_dict())
+        assert fast.for_training(net, dtype, compiled, gradients=True)
+        if compiled:
+            for block in net.transformer.h:
+                block.compile(dynamic=False)
+            net.embed, net.score = (torch.compile(f, dynamic=False) for f in (net.embed, net.score))
+        return net
+
+    exact, autocast = gradient(plain, torch.float32), gradient(plain, torch.bfloat16)
+    limit = 1.25 * (autocast - exact).norm()
+    net = quick(torch.bfloat16)
+    ours = gradient(net, torch.bfloat16)
+    error = (ours - exact).norm()
+    print(f'relative error of the gradient: ours {error / exact.norm():.3e}, plain autocast '
+          f'{limit / 1.25 / exact.norm():.3e}')
+    assert error <= limit
+    twice = gradient(net, torch.bfloat16, times=2)  # gradients add up, in float32
+    assert (twice - exact).norm() <= limit and (twice - ours).norm() <= 0.1 * limit
+    with torch.autocast('cuda', torch.bfloat16):
+        net(x, y)[1].backward()
+    for name, p in net.named_parameters():
+        assert p.dim() == 1 or (p.grad != p.grad.bfloat16()).any(), f'{name}: a gradient was rounded to 16 bits'
+    assert (gradient(quick(torch.float32), torch.float32) - exact).norm() <= 1e-5 * exact.norm()
+
+
+@cuda
+def test_gelu_on_cuda_is_the_polynomial():
+    """Which is exact also where 1 + erf has lost its digits."""
+    mlp = MLP(GPTConfig(n_embd=4, n_head=1, bias=False))
+    with torch.no_grad():
+        for layer in (mlp.c_fc, mlp.c_proj):
+            layer.weight.zero_()[0, 0] = 1
+    x = torch.zeros(1, 1000, 4, dtype=torch.bfloat16, device='cuda')
+    x[0, :, 0] = torch.linspace(-6, 6, 1000)
+    exact, mlp = F.gelu(x.double()), mlp.cuda().bfloat16()
+    assert ((mlp(x) - exact).abs() > 2 ** -8 * exact.abs()).any()
+    fast.become(mlp.act, fast.PolynomialGELU)
+    torch.testing.assert_close(torch.compile(mlp, dynamic=False)(x).double(), exact, rtol=2 ** -8, atol=0)
+
+
+# -- CUDA graphs, and what a step waits for -------------------------------------------------------------------------
+
+@cuda
+@pytest.mark.parametrize('options', [dict(), dict(n_embd=768, n_head=12, batch_size=40, block_size=1024, n_layer=12)],
+                         ids=['captured', 'launched'])
+def test_a_step_that_does_not_log_never_waits(script, dataset, tmp_path, options):
+    def on_step(step, model):
+        torch.cuda.set_sync_debug_mode('error' if 3 <= step < 7 else 'default')
+
+    try:
+        names = script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'log_interval': 100,
+                                             'eval_interval': 100, 'dropout': 0.1, **options}), on_step=on_step)
+        assert names['capture'] == (not options)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@cuda
+def test_batches_arrive_whole_though_the_device_is_behind(script, dataset, tmp_path):
+    """The pinned copy of a batch is free again when to_device returns; it must not be refilled before it is read."""
+    names = script('train.py', *flags(**{**GPU, 'dataset': dataset, 'out_dir': tmp_path, 'max_iters': 1}))
+    torch.cuda._sleep(1 << 31)  # a second
+    arrived = [names['to_device'](torch.full((12, 1024), i)) for i in range(64)]
+    assert not torch.cuda.current_stream().query()  # not one of them has been read yet
+    assert all((ids == i).all() for i, ids in enumerate(arrived))
+
+
+@cuda
+def test_captured_steps_are_the_steps():
+    """Same losses, gradient norms and parameters, with accumulation and dropout, as when every kernel is launched."""
+    device, runs = torch.device('cuda'), []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=3, n_head=4, n_embd=64, dropout=0.1)).to(device)
+        optimizer = model.configure_optimizers(0.1, torch.tensor(1e-3, device=device), (0.9, 0.99), 'cuda')
+        for group in optimizer.param_groups:
+            group['capturable'] = True
+
+        def forward_backward(x, y, model=model):
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = model(x, y)[1]
+            loss.backward()
+            return loss.detach()
+
+        def clip_and_step(model=model, optimizer=optimizer):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            return norm
+
+        if capture:
+            forward_backward, clip_and_step = captured(forward_backward, device), captured(clip_and_step, device)
+        g, seen = torch.Generator().manual_seed(5), []
+        for step in range(20):
+            for micro in range(2):
+                ids = torch.randint(65, (8, 65), generator=g).to(device)
+                torch.manual_seed(10 * step + micro)
+                seen.append(forward_backward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).item())
+            seen.append(clip_and_step().item())
+        runs.append((seen, [p.detach().clone() for p in model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
+# -- the loss by Triton ---------------------------------------------------------------------------------------------
+
+@cuda
+def test_triton_works():
+    """Or every other test here would compare torch's own kernels with themselves."""
+    assert triton_works(torch.device('cuda'))
+
+
+@cuda
+@pytest.mark.parametrize('V', [50, 16385, 17000])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('adds', [False, True])
+def test_fused_cross_entropy_is_cross_entropy(V, dtype, adds):
+    if adds and dtype == torch.float32:
+        pytest.skip('gradients are added to only in 16 bits')
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    x, weight = (torch.randn(n, 16, device='cuda').to(dtype).requires_grad_() for n in (40, V))
+    targets = torch.randint(V, (40,), device='cuda')
+    targets[3] = -1
+    plain = F.cross_entropy(x.double() @ weight.double().t(), targets, ignore_index=-1)
+    total = torch.ones(V, 16, device='cuda') if adds else None
+    fused = FusedCrossEntropy.apply(x, weight, targets, total)
+    near = {'rtol': 1e-5, 'atol': 1e-6} if dtype == torch.float32 else {'rtol': 3e-2, 'atol': 3e-3}
+    torch.testing.assert_close(fused.double(), plain, **near)
+    ours = torch.autograd.grad(3 * fused, (x, weight), allow_unused=adds)
+    theirs = torch.autograd.grad(3 * plain, (x, weight))
+    torch.testing.assert_close(ours[0], theirs[0], **near)
+    torch.testing.assert_close((total - 1).to(dtype) if adds else ours[1], theirs[1], **near)
+
+
+@cuda
+def test_compiled_loss_of_a_vocabulary_that_is_no_multiple():
+    """50,257: inductor may pad the rows of the logits."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 64, device='cuda'), torch.randn(50257, 64, device='cuda') / 8
+    x, weight = (t.bfloat16().requires_grad_() for t in (x, weight))
+    targets = torch.randint(-1, 50257, (256,), device='cuda')
+    plain = F.cross_entropy(x.double() @ weight.double().t(), targets, ignore_index=-1)
+    loss = torch.compile(lambda *args: FusedCrossEntropy.apply(*args, None), dynamic=False)(x, weight, targets)
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(plain, (x, weight))):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('how', [GREEDY, TOP_K, TOP_P], ids=['greedy', 'top_k', 'top_p'])
+@pytest.mark.parametrize('length', [1, 17, BLOCK - 1, BLOCK, 2 * BLOCK])
+@pytest.mark.parametrize('batch', [1, 3, pytest.param(10, marks=pytest.mark.slow)])
+def test_the_stream_changes_no_token(gpt, batch, length, how, device):  # noqa: F811
+    assert_the_same_tokens(gpt, batch, length, how, device, fast.stream)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('how', [GREEDY, TOP_K, TOP_P], ids=['greedy', 'top_k', 'top_p'])
+@pytest.mark.parametrize('length', [1, 2 * BLOCK])
+def test_nor_does_it_with_trained_weights(trained, length, how, device):  # noqa: F811
+    assert_the_same_tokens(trained, 3, length, how, device, fast.stream)
+
+
+@cuda
+@pytest.mark.parametrize('length', [1, BLOCK])
+def test_nor_does_it_without_triton(gpt, length, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(fast, 'triton_works', lambda device: False)
+    assert_the_same_tokens(gpt, 3, length, TOP_K, 'cuda', fast.stream)
+
+
+def test_it_streams_and_takes_any_integers(gpt):  # noqa: F811
+    steps = fast.stream(gpt, torch.zeros(2, 3, dtype=torch.int32), 5, uniforms=torch.full((2, 5), 0.5))
+    first = next(steps).clone()
+    assert first.shape == (2,) and len(list(steps)) == 4
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('V', [7, 64, 65, 1000, 50257])
+def test_ids_are_drawn_as_sample_ids_draws_them(V, dtype, device):
+    test_generate.test_an_id_is_where_the_cdf_passes_its_uniform(V, dtype, device, fast.draw)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_ids_are_drawn_at_the_ends_and_from_nan(device):
+    test_generate.test_the_largest_uniform_below_one_draws_a_possible_id(device, fast.draw)
+    for V in (40, 48):
+        test_generate.test_logits_that_are_nan_draw_an_id_all_the_same(V, device, fast.draw)
+
+
+def test_loading_builds_a_model_without_initial_values():
+    """And without the modules that the meta device imports for random numbers, which take a second."""
+    done = run(sys.executable, '-c', """
+import sys, torch, fast
+from model import GPT, GPTConfig
+with torch.device('meta'):
+    with fast.loading():
+        GPT(GPTConfig())
+    few = len(sys.modules)
+    GPT(GPTConfig())
+print(len(sys.modules) - few)
+""", cwd=ROOT)
+    assert int(done.stdout) > 100, done.stderr
+
+
+@pytest.fixture
+def wide() -> GPT:
+    """Large enough for oneDNN to pay."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=65, n_layer=2, n_head=4, n_embd=256)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.15)
+    return model
+
+
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a torch with oneDNN')
+
+
+@onednn
+@pytest.mark.parametrize('rows, new, spare, packs', [(3, 32, 1 << 40, True), (1, 32, 1 << 40, False),
+                                                     (3, 31, 1 << 40, False), (3, 32, 1 << 20, False)])
+def test_weights_are_packed_while_that_pays(wide, rows, new, spare, packs):
+    block = wide.transformer.h[0]
+    large, little = block.attn.c_attn, block.attn.c_proj
+    tokens = fast.stream(wide, torch.zeros(rows, 1, dtype=torch.long), new, spare=spare)
+    next(tokens)
+    assert type(large) is fast.OneDNNLinear and (large.packed is not None) == packs and type(little) is nn.Linear
+    tokens.close()
+    assert type(large) is nn.Linear and large.packed is None, 'and later changes of the weights count'
+    assert all(type(block).__name__ == 'Block' for block in wide.transformer.h)
+
+
+@onednn
+def test_packed_weights_change_no_token(wide):
+    def stream(*args, **how):
+        return fast.stream(*args, **how, spare=1 << 40)
+    assert_the_same_tokens(wide, 3, BLOCK - 1, TOP_K, 'cpu', stream)
+
+
+@onednn
+@torch.no_grad()
+def test_packed_weights_in_bfloat16_change_no_more_than_rounding(wide):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip('needs a CPU on which oneDNN computes in bfloat16')
+    model, idx = wide.bfloat16(), torch.randint(65, (3, BLOCK))
+    wanted = model(idx)[0]
+    for rows in (1, 3):
+        with fast.decoding(model, rows, spare=1 << 40):
+            packed = [layer.packed is not None for layer in model.modules() if isinstance(layer, nn.Linear)]
+            assert packed and all(packed)
+            assert (model(idx)[0] - wanted).abs().max() < 2e-2 * wanted.abs().max()
+
+
+@onednn
+@pytest.mark.parametrize('width', [64, 1024])
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_a_few_rows_by_onednn_are_a_matmul(bias, width):
+    layer = nn.Linear(512, width, bias=bias)
+    assert fast.OneDNNLinear.pays(layer.weight) == (width == 1024)
+    for shape in [(512,), (1, 1, 512), (10, 1, 512), (64, 512), (3, 30, 512)]:  # the last one is more than a few
+        x = torch.randn(*shape)
+        wanted, layer.packed = F.linear(x, layer.weight, layer.bias), None
+        layer.__class__ = fast.OneDNNLinear
+        with torch.profiler.profile() as seen:
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+        few = x.numel() <= 64 * 512
+        assert ('mkldnn::_linear_pointwise' in {event.name for event in seen.events()}) == few
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
+def test_windows_find_their_memory_where_the_last_one_left_it():
+    """Nearly no page faults, of which a layer of 1.3 MB, given back to the system every time, would cost hundreds."""
+    done = run(sys.executable, '-c', """
+import resource, torch, fast
+from model import GPT, GPTConfig
+model, faults = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=4, n_embd=128)).eval(), []
+for ids in fast.stream(model, torch.zeros(10, 64, dtype=torch.long), 120):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print((faults[-1] - faults[20]) / 99)
+""", cwd=ROOT)
+    assert float(done.stdout) < 50, done.stderr
+
+
+@pytest.mark.slow
+def test_it_compiles(gpt):  # noqa: F811
+    idx, uniforms = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 30)
+    plain = gpt.generate(idx, 30, 0.9, 30, uniforms=uniforms)
+    torch._dynamo.utils.counters.clear()
+    ours = fast.stream(gpt, idx, 30, 0.9, 30, uniforms=uniforms, compiled=True)
+    assert torch.equal(torch.stack((*idx.T, *ours), dim=1), plain)
+    assert not torch._dynamo.utils.counters['graph_break'], 'whole steps, not pieces of them'
+
+
+@cuda
+@pytest.mark.parametrize('batch', [1, 2, 3])
+@torch.inference_mode()
+def test_bfloat16_kernels_are_as_near_to_float32_as_torch(batch):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    config = GPTConfig(block_size=128, vocab_size=1000, n_layer=4, n_head=4, n_embd=256, gelu='exact')
+    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (batch, 128), device='cuda')
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    model.bfloat16()
+    ours, torchs = logits_by_kernels(model, idx, 127).float(), model(idx)[0].float()
+    exact = model.float()(idx)[0]
+    assert (ours - exact).norm() <= 1.25 * (torchs - exact).norm()
+
+
+@cuda
+@pytest.mark.parametrize('gelu', ['exact', 'tanh'])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('batch', [1, 2, 3])
+@torch.inference_mode()
+def test_a_token_by_the_kernels(batch, bias, gelu):
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('highest')
+    config = GPTConfig(block_size=300, vocab_size=50_000, n_layer=3, n_head=3, n_embd=72, bias=bias, gelu=gelu)
+    model, idx = GPT(config).cuda().eval(), torch.randint(1000, (batch, 300), device='cuda')
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.15)
+    torch.testing.assert_close(logits_by_kernels(model, idx, 297), model(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+def logits_by_kernels(model: GPT, idx: torch.Tensor, start: int) -> torch.Tensor:
+    """Of the last position: the prompt as far as `start` by torch, what follows token by token by the kernels."""
+    caches = [fast.GraphCache(idx.size(1)) for _ in model.transformer.h]
+    model(idx[:, :start], caches=caches)
+    for cache in caches:
+        cache.kv[:, :, :, start:] = 1e4  # what lies beyond the filled part does not matter
+    for t in range(start, idx.size(1)):
+        logits = fast.forward_token(model, idx[:, t:t + 1], caches, torch.tensor([t], device=idx.device))
+    return logits
