@@ -59,9 +59,13 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, gradients: bool
     """
     device, cpu_twins = model.lm_head.weight.device, {nn.Dropout: CPUDropout, CausalSelfAttention: CPUAttention}
     cuda = device.type == 'cuda'
-    wanted = {FusedLoss: cuda and (compiled or triton_works(device)), BFloat16Stream: dtype == torch.bfloat16}
+    wanted = {DelayedSums: cuda and compiled, FusedLoss: cuda and (compiled or triton_works(device)),
+              BFloat16Stream: dtype == torch.bfloat16}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
     model.__class__ = type('FastGPT', (*parts, GPT), {})
+    if DelayedSums in parts:
+        for block in model.transformer.h:
+            block.__class__ = DelayedBlock
     if device.type == 'cpu':
         for module in model.modules():
             if type(module) in cpu_twins:
@@ -85,6 +89,29 @@ class BFloat16Stream(GPT):
     def embed(self, idx: torch.Tensor, start: int = 0) -> torch.Tensor:
         x = super().embed(idx, start)
         return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x
+
+
+class DelayedSums(GPT):
+    """
+    GPT, whose activations between the blocks are pairs that are still to be added. So the sum is part of the next
+    block, and where that is compiled, of the kernel of its LayerNorm.
+    """
+
+    def embed(self, idx: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        x = super().embed(idx, start)
+        return x, torch.zeros_like(x)
+
+    def score(self, pair: tuple, targets: torch.Tensor | None = None) -> tuple:
+        return super().score(pair[0] + pair[1], targets)
+
+
+class DelayedBlock(Block):
+    """Block, of a pair: (B, T, C) twice -> (B, T, C) twice."""
+
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = pair[0] + pair[1]
+        x = x + self.attn(self.ln_1(x))
+        return x, self.mlp(self.ln_2(x))
 
 
 class CPUDropout(nn.Dropout):

@@ -145,9 +145,9 @@ def test_no_such_dataset(tmp_path, monkeypatch, where):
 
 def test_a_folder_below_the_working_directory_is_named_shortly(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.remove(os.path.join(counting(tmp_path / 'mine'), 'val.bin'))
-    for name in ('mine', str(tmp_path / 'mine')):
-        assert refusal(name) == 'mine/val.bin is missing: run python mine/prepare.py'
+    os.remove(os.path.join(counting(tmp_path / 'my_words'), 'val.bin'))
+    for name in ('my_words', str(tmp_path / 'my_words')):
+        assert refusal(name) == 'my_words/val.bin is missing: run python my_words/prepare.py'
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
