@@ -60,7 +60,7 @@ need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
 need(mode == 'train' or not compare or prompt_tokens + max_new_tokens <= block_size,
      f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
-fits(GPTConfig, **gpt2)
+note_mistakes(GPTConfig, **gpt2)
 where, number_format = resolve(device, dtype)
 end_if_wrong()
 where, number_format = torch.device(where), getattr(torch, number_format)

@@ -62,7 +62,7 @@ def at_least(least, *names):
         need(least <= value < float('inf'), f'{name}={value} must be {finite}at least {least}')
 
 
-def fits(kind, **arguments):
+def note_mistakes(kind, **arguments):
     """Note what kind(**arguments) has to say against them: the arguments of its ValueError."""
     try:
         kind(**arguments)

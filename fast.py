@@ -1,20 +1,18 @@
 """
-The same numbers, sooner. Delete this file and every script still runs, on model.py alone.
+The same function, sooner: what only makes things faster. Delete this file and every script still runs, on model.py
+alone; numbers then differ by rounding, and on a CPU in which elements dropout drops.
 
 The scripts import it before torch and come in by these doors; model.py knows nothing of it:
 
     for_training(model, ...)     parts of the model change class; their parameters, and the names of those, stay
-    exchange_gradients(model)    after the last backward pass of an update, where several ranks share it
+    exchange_gradients(model)    after the last backward pass of an update: their mean over all ranks
     finish_gradients(model)      then, before the norm of the gradients is taken
     renew_copies(model)          after the optimizer's step
     captured(function, device)   a function of fixed shapes as one CUDA graph
     loading()                    while a model is built around weights that exist
     stream(model, ...)           GPT.stream, token for token
 
-The ladder, one line a part: for whom, and what it gains there (tests/README.md has the table and its command):
-
 LADDER
-
 Every class below names its plain twin, and a test holds the two together.
 """
 
@@ -43,44 +41,30 @@ except ImportError:  # a build of torch without CUDA
 left_out: set[str] = set()  # parts to do without, by name: bench.py --without=... measures what each of them gains
 
 
-def become(module: nn.Module, kind: type) -> None:
-    """Make a module one of another class, which takes over its parameters as they are."""
-    if kind.__name__ not in left_out:
-        module.__class__ = kind
-
-
 # -- training: parts that take the place of plain ones ----------------------------------------------------------------
 
 def for_training(model: GPT, dtype: torch.dtype, compiled: bool, gradients: bool) -> bool:
     """
-    Exchange the parts of a model that have a faster twin for training on its device, under autocast to `dtype`; its
-    blocks are about to be compiled, or not. With `gradients`, and on CUDA, all gradients become pieces of one tensor:
-    then returns True, they must be set to zero and never to None, and the other doors for training are to be used.
+    Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `gradients`, and
+    on CUDA, all gradients become pieces of one tensor: then returns True, they must be set to zero and never to None,
+    and the other doors for training are to be used.
     """
-    device, cpu_twins = model.lm_head.weight.device, {nn.Dropout: CPUDropout, CausalSelfAttention: CPUAttention}
-    cuda = device.type == 'cuda'
+    device = model.lm_head.weight.device
+    cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     wanted = {DelayedSums: cuda and compiled, FusedLoss: cuda and (compiled or triton_works(device)),
-              BFloat16Stream: dtype == torch.bfloat16}
+              BFloat16Stream: dtype == torch.bfloat16, CPUDropout: cpu, CPUAttention: cpu,
+              PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
-    model.__class__ = type('FastGPT', (*parts, GPT), {})
-    if DelayedSums in parts:
-        for block in model.transformer.h:
-            block.__class__ = DelayedBlock
-    if device.type == 'cpu':
-        for module in model.modules():
-            if type(module) in cpu_twins:
-                become(module, cpu_twins[type(module)])
-    if not cuda:
-        return False
-    if compiled and dtype.itemsize == 2:
-        for block in model.transformer.h:
-            if block.mlp.act.approximate == 'none':
-                become(block.mlp.act, PolynomialGELU)
-    if gradients:
+    model.__class__ = type('FastGPT', (*(part for part in parts if issubclass(part, GPT)), GPT), {})
+    twins = {part.__base__: part for part in parts} | {Block: DelayedBlock if DelayedSums in parts else Block}
+    for module in list(model.modules())[1:]:
+        module.__class__ = twins.get(type(module), type(module))
+    if cuda and gradients:
         flatten_gradients(model)
-        if dtype.itemsize == 2 and adds_products() and 'AddingLinear' not in left_out:
+        # it takes cuBLAS, and a compiler that lets a backward pass change what it is given
+        if half and torch.version.cuda and torch.__version__ >= '2.11' and 'AddingLinear' not in left_out:
             add_gradients(model, dtype)
-    return gradients
+    return cuda and gradients
 
 
 class BFloat16Stream(GPT):
@@ -92,10 +76,8 @@ class BFloat16Stream(GPT):
 
 
 class DelayedSums(GPT):
-    """
-    GPT, whose activations between the blocks are pairs that are still to be added. So the sum is part of the next
-    block, and where that is compiled, of the kernel of its LayerNorm.
-    """
+    """GPT, where a block leaves its last sum to the next one: compiled together with a LayerNorm it costs nothing. So
+    the activations between the blocks are pairs, still to be added."""
 
     def embed(self, idx: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         x = super().embed(idx, start)
@@ -140,11 +122,9 @@ class CPUAttention(CausalSelfAttention):
 
 
 class GELUByPolynomial(torch.autograd.Function):
-    """
-    The exact GELU, x Phi(x), in 16 bits. A GPU computes erf more slowly than it reads and writes x, so 1 - Phi(|x|) is
-    a power of two whose exponent is a polynomial: relative error below 1e-5 up to |x| = 6, where 1 + erf has no digit
-    left. torch.compile makes one kernel of each pass.
-    """
+    """The exact GELU, x Phi(x), in 16 bits. A GPU computes erf more slowly than it reads and writes x, so 1 - Phi(|x|)
+    is a power of two whose exponent is a polynomial: relative error below 1e-5 up to |x| = 6, where 1 + erf has no
+    digit left. torch.compile makes one kernel of each pass."""
 
     @staticmethod
     def upper_tail(z: torch.Tensor) -> torch.Tensor:
@@ -169,18 +149,16 @@ class GELUByPolynomial(torch.autograd.Function):
 
 
 class PolynomialGELU(nn.GELU):
-    """nn.GELU(), compiled and in 16 bits."""
+    """nn.GELU, compiled and in 16 bits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return GELUByPolynomial.apply(x)
+        return GELUByPolynomial.apply(x) if self.approximate == 'none' else super().forward(x)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """
-    F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). One Triton kernel
-    turns the logits into their gradient where they stand, and nothing else of their size is ever held. The gradient of
-    weight is added to `total`, if there is one, and else returned.
-    """
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). A kernel turns
+    the logits into their gradient where they stand, and nothing else of their size is ever held. The gradient of weight
+    is added to `total`, if there is one, and else returned."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -199,11 +177,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         grad, x, weight, n = ctx.saved_tensors  # grad: softmax less one-hot, n times the gradient of the logits
         scale = scale / n  # float32, of one dimension: the products below round once
         scaled = x.clone().mul_(scale)
-        of_weight = None
-        if ctx.total is None:
-            of_weight = grad.t() @ scaled
-        else:
-            add_product(ctx.total, grad, scaled)
+        of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
         return (grad @ weight).mul_(scale), of_weight, None, None
 
 
@@ -243,11 +217,6 @@ def exchange_gradients(model: GPT) -> None:
 # of one matmul that adds. So Linears read a copy of their weight in 16 bits, which is made once an update, and their
 # backward pass adds to weight.grad itself. A LayerNorm without bias in front of a Linear leaves its weight to that
 # copy, weight * norm.weight then: so no micro-step has to sum the gradient of norm.weight over all tokens.
-
-def adds_products() -> bool:
-    """Whether add_product works: it needs cuBLAS, and a compiler that lets a backward pass change what is given."""
-    return bool(torch.version.cuda) and torch.__version__ >= '2.11'
-
 
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -326,10 +295,8 @@ class AddProduct(torch.autograd.Function):
 
 
 class AddRows(torch.autograd.Function):
-    """
-    weight[idx], (N, K) -> (*idx.shape, K); the gradient of weight is added to total. weight is an argument only so that
-    autograd goes this way at all: it gets nothing from here.
-    """
+    """weight[idx], (N, K) -> (*idx.shape, K); the gradient of weight is added to total. weight is an argument only so
+    that autograd goes this way at all."""
 
     @staticmethod
     def forward(ctx, idx: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -346,11 +313,9 @@ class AddRows(torch.autograd.Function):
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 def captured(function: Callable, device: torch.device, warm: int = 1) -> Callable:
-    """
-    The function, which runs as it is for `warm` calls and from then on is replayed as one CUDA graph: tensors given to
-    it are copied into the graph's own; what it returns is the graph's own, too, and changes with the next call. Shapes
-    are fixed, and the function must not wait for the device. On other devices it stays what it is.
-    """
+    """The function, which after `warm` calls is replayed as one CUDA graph: tensors given to it are copied into the
+    graph's own; what it returns is the graph's own, too, and changes with the next call. Shapes are fixed, and the
+    function must not wait for the device. On other devices it stays what it is."""
     if device.type != 'cuda' or 'captured' in left_out:
         return function
     graph, inputs, result = None, None, None
@@ -386,10 +351,8 @@ class loading(torch.overrides.TorchFunctionMode):
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
            top_p: float = 1.0, vocab_size: int | None = None, uniforms: torch.Tensor | None = None,
            compiled: bool = False, spare: int = 0) -> Iterator[torch.Tensor]:
-    """
-    GPT.stream. On CUDA all state stays on the device, and a step is captured once and replayed. `compiled` is for steps
-    past block_size, on a CPU for all of them. On a CPU copies of the weights may take `spare` bytes.
-    """
+    """GPT.stream. On CUDA all state stays on the device, and a step is captured once and replayed. `compiled` is for
+    steps past block_size, on a CPU for all of them. On a CPU copies of the weights may take `spare` bytes."""
     (B, T), S, device = idx.shape, model.config.block_size, idx.device
     if uniforms is None:
         uniforms = torch.rand(B, max_new_tokens)
@@ -427,13 +390,6 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
             yield out[t]
 
 
-def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
-    """sample_ids, by two kernels where there is no top_p."""
-    if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'sample_kernel' in left_out:
-        return sample_ids(logits, u, temperature, top_k, top_p)
-    return sample_fused(logits, u, temperature, min(top_k or logits.size(-1), logits.size(-1)))
-
-
 class GraphCache(KVCache):
     """KVCache for forward_token, which is told by a tensor on the device how much of it is filled."""
 
@@ -458,16 +414,14 @@ def forward_token(model: GPT, idx: torch.Tensor, caches: list[GraphCache], at: t
 
 @contextlib.contextmanager
 def decoding(model: GPT, rows: int, spare: int) -> Iterator[None]:
-    """
-    Meanwhile the last block computes the last position only and, on a CPU, Linears run in oneDNN, for as many `rows` at
-    a time; if there are `spare` bytes for it, on copies of their weights in its own order. The weights must not change.
-    """
+    """Meanwhile the last block computes the last position only and, on a CPU, Linears run in oneDNN, `rows` at a time;
+    if there are `spare` bytes for it, on copies of their weights in its own order. The weights must not change."""
     changed = [(model.transformer.h[-1], LastBlock)] * ('LastBlock' not in left_out)
     if model.lm_head.weight.is_cpu and torch.backends.mkldnn.is_available() and 'OneDNNLinear' not in left_out:
         changed += [(m, OneDNNLinear) for m in model.modules() if type(m) is nn.Linear and OneDNNLinear.pays(m.weight)]
     if model.lm_head.weight.is_cpu and 'kept_memory' not in left_out:
         # glibc keeps freed memory, up to twice the largest block of at most 32 MB that it has seen freed; what it gives
-        # back comes again page by page, a fifth of the time of ten windows of 64 x 128
+        # back to the system comes again page by page
         torch.empty(30 << 20, dtype=torch.uint8)
     packs = 2 * sum(m.weight.nbytes for m, kind in changed if kind is OneDNNLinear) < spare and 'packed' not in left_out
     plain = [type(m) for m, _ in changed]
@@ -522,10 +476,7 @@ def triton_works(device: torch.device) -> bool:
     return True
 
 
-@functools.cache
-def properties(device: torch.device):
-    """Of a CUDA device; asking torch each time would take as long as a launch."""
-    return torch.cuda.get_device_properties(device)
+properties = functools.cache(torch.cuda.get_device_properties)  # asking torch each time takes as long as a launch
 
 
 def launch_options(device: torch.device) -> dict:
@@ -534,15 +485,17 @@ def launch_options(device: torch.device) -> dict:
     return {'OVERLAP': True, 'launch_pdl': True} if overlap else {'OVERLAP': False}
 
 
-def sample_fused(logits: torch.Tensor, u: torch.Tensor, temperature: float, k: int) -> torch.Tensor:
-    """sample_ids without top_p in two CUDA kernels."""
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
+    """sample_ids, by two CUDA kernels where there is no top_p."""
+    if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'draw' in left_out:
+        return sample_ids(logits, u, temperature, top_k, top_p)
     (B, V), lowest_bit = logits.shape, 16 if logits.dtype == torch.bfloat16 else 0
     G = triton.cdiv(V, 16)
     ids, tops = torch.empty_like(u, dtype=torch.long), u.new_empty(B, G)
     groups, kept = torch.empty_like(tops, dtype=torch.int32), u.new_empty(B, 16 * G)
     tops_kernel[B, triton.cdiv(G, 256)](logits, tops, logits.stride(0), V, G, **launch_options(logits.device))
-    sample_kernel[B,](logits, u, ids, tops, groups, kept, logits.stride(0), V, G, k, 1 / temperature, lowest_bit,
-                      num_warps=16, **launch_options(logits.device))
+    sample_kernel[B,](logits, u, ids, tops, groups, kept, logits.stride(0), V, G, min(top_k or V, V), 1 / temperature,
+                      lowest_bit, num_warps=16, **launch_options(logits.device))
     return ids
 
 
@@ -671,10 +624,8 @@ if triton:
     @triton.jit
     def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
                       SPAN: tl.constexpr, OVERLAP: tl.constexpr):
-        """
-        attend_token(), a program for each sequence and head; reads the filled part of the cache only. Those
-        keys and values are of earlier steps, and a step begins with torch's kernels, which start late: no need to wait.
-        """
+        """attend_token(), a program for each sequence and head; reads the filled part of the cache only. Those keys and
+        values are of earlier steps, and a step begins with torch's kernels, which start late: no need to wait."""
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
         keys = kv + (b * HEADS + h) * S * HS

@@ -1,11 +1,10 @@
 """
 GPT-2, whole and plain: embeddings, blocks, loss, generation, optimizer groups, weights in and out.
 
-    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and the names in its released weights:
-    wte, wpe, h, ln_1, c_attn, c_proj, ln_2, c_fc, ln_f.
-
-Shapes in the comments: B sequences of T tokens; C = n_embd channels, split over nh = n_head heads of hs = C / nh
-channels each; V = vocab_size. Nothing in this file is there for speed alone: what is, stands in fast.py.
+Names are those of its released weights (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"):
+wte and wpe embed tokens and positions, h are the blocks, ln_* LayerNorms, c_* matrices: c_attn makes queries, keys and
+values, c_fc widens to 4 C, c_proj leads back to C. Shapes: B sequences of T tokens; C = n_embd channels, split over
+nh = n_head heads of hs = C / nh each; V = vocab_size. What only makes the same thing faster is in fast.py.
 """
 
 import inspect
@@ -39,7 +38,7 @@ class GPTConfig:
         sizes = {name: getattr(self, name) for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
         wrong = [name for name, n in sizes.items() if not isinstance(n, Integral) or n < 1]
         problems = [f'{name}={sizes[name]} must be at least 1' for name in wrong]
-        if not {'n_head', 'n_embd'} & {*wrong} and self.n_embd % self.n_head:
+        if 'n_head' not in wrong and 'n_embd' not in wrong and self.n_embd % self.n_head:
             problems.append(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
             problems.append(f'dropout={self.dropout} must lie in [0, 1)')
@@ -47,21 +46,15 @@ class GPTConfig:
             problems.append(f'gelu={self.gelu} must be exact or tanh')
         if problems:
             raise ValueError(*problems)
+        self.dropout = float(self.dropout)  # numpy's numbers become Python's, the only ones in a checkpoint
         for name, n in sizes.items():
-            setattr(self, name, int(n))  # numpy's integers become Python's
-
-
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm by the arguments of nanoGPT's: for code that imports it from here."""
-
-    def __init__(self, ndim: int, bias: bool = True):
-        super().__init__(ndim, bias=bias)
+            setattr(self, name, int(n))
 
 
 class KVCache:
     """
-    Keys and values of one layer for up to `size` tokens read so far. Attention is the only place where a token looks at
-    others, so with these kept, generation reads one new token at a time.
+    For generation: the keys and values of the tokens read so far, at most `size` of them, in one layer. Only attention
+    looks at other tokens, so with these kept, a step need read the new token alone.
     """
 
     def __init__(self, size: int):
@@ -70,11 +63,11 @@ class KVCache:
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values, (B, nh, T, hs): of a prompt at first, then of one token at a time; returns those of all
         tokens so far. Raises ValueError for several tokens after the first call."""
-        start, self.length = self.length, self.length + k.size(2)
-        if start == 0:
+        if self.length == 0:
             self.k, self.v = (t.new_empty(t.size(0), t.size(1), self.size, t.size(3)) for t in (k, v))
         elif k.size(2) > 1:
-            raise ValueError(f'a cache that holds {start} tokens takes one more at a time, not {k.size(2)}')
+            raise ValueError(f'a cache that holds {self.length} tokens takes one more at a time, not {k.size(2)}')
+        start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
@@ -100,8 +93,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(q k.T / sqrt(hs)) v, head by head, where no position sees a later one."""
-        p = self.attn_dropout.p if self.training else 0.0
-        # a single query is that of the last position, which may see everything
+        p = self.attn_dropout.p if self.training else 0.0  # torch's function drops weights itself
+        # is_causal counts queries and keys from the same start; a single query is the last one and sees all keys
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, dropout_p=p)
 
 
@@ -133,7 +126,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
         normed = self.ln_1(x)
-        x = x + (self.attn(normed) if cache is None else self.attn(normed, cache))
+        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # an attention of your own may take none
         return x + self.mlp(self.ln_2(x))
 
 
@@ -151,8 +144,8 @@ class GPT(nn.Module):
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one matrix reads tokens in and scores them at the end
-        # 2 n_layer projections add to x, and each adds variance: they start smaller by the root of their number (2.3)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds tokens and scores them
+        # 2 n_layer of the c_proj add to x, each its variance: they start smaller by the root of that (GPT-2, 2.3)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -162,10 +155,9 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 caches: list[KVCache] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        idx: (B, T) token ids; targets: (B, T), the id that follows at each position, or -1 where that shall not count.
-        Returns logits (B, T, V) and the mean cross-entropy in nats; without targets those of the last position alone,
-        (B, 1, V), and None. With caches, one for each block, idx are the tokens that follow those in them.
-        Raises ValueError for more than block_size tokens.
+        idx: (B, T) token ids; targets: (B, T), the id that follows at each position, -1 to ignore it. Returns (logits,
+        loss): (B, T, V) and the mean cross-entropy in nats; without targets only the last position's logits, (B, 1, V),
+        and None. caches, one for each block, hold the tokens before idx. ValueError for more than block_size tokens.
         """
         x = self.embed(idx, caches[0].length if caches else 0)
         for i, block in enumerate(self.transformer.h):
@@ -190,7 +182,7 @@ class GPT(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  **options) -> torch.Tensor:
-        """idx (B, T) and the tokens that continue it: (B, T + max_new_tokens). For the options see stream()."""
+        """idx (B, T) and the tokens that continue it, side by side: (B, T + max_new_tokens). Options as in stream()."""
         return torch.stack((*idx.long().T, *self.stream(idx, max_new_tokens, temperature, top_k, **options)), dim=1)
 
     @torch.inference_mode()
@@ -200,25 +192,25 @@ class GPT(nn.Module):
         """
         Yield the ids (B,) that continue idx (B, T), position by position; the model sees the last block_size tokens.
         temperature 0 always takes the likeliest id; top_k draws among the k likeliest (None or 0: all), top_p among the
-        fewest with this much probability together (Holtzman et al. 2019); ids from vocab_size on, padding, are never
-        drawn. uniforms (B, max_new_tokens) in [0, 1) pick one token each; by default torch's CPU generator makes them.
+        fewest whose probabilities add up to it (Holtzman et al. 2019); ids from vocab_size on are padding, never drawn.
+        uniforms: (B, max_new_tokens) random numbers in [0, 1), one a token; by default from torch's CPU generator.
         """
         T, block_size = idx.size(1), self.config.block_size
         if uniforms is None:
             uniforms = torch.rand(len(idx), max_new_tokens)
-        caches = None  # where somebody put in a block or an attention that takes none
-        modules = [module for block in self.transformer.h for module in (block, getattr(block, 'attn', block))]
-        if all('cache' in inspect.signature(module.forward).parameters for module in modules):
+        caches = None  # a block or an attention of your own may take none: then each step reads all tokens again
+        parts = [part for block in self.transformer.h for part in (block, getattr(block, 'attn', block))]
+        if all('cache' in inspect.signature(part.forward).parameters for part in parts):
             caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in self.transformer.h]
-        unread = idx  # the tokens that are not in the caches yet
+        new = idx  # the tokens that are not in the caches yet
         for u in uniforms.to(idx.device).T:
             if caches and idx.size(1) <= block_size:
-                logits, _ = self(unread, caches=caches)
-            else:  # beyond block_size every token moves to another position, so that no key and no value stays true
+                logits, _ = self(new, caches=caches)
+            else:  # past block_size each token stands at another position than before, so the caches are of no use
                 logits, _ = self(idx[:, -block_size:])
-            unread = sample_ids(logits[:, -1, :vocab_size], u, temperature, top_k, top_p)[:, None]
-            idx = torch.cat((idx, unread), dim=1)
-            yield unread[:, 0]
+            new = sample_ids(logits[:, -1, :vocab_size], u, temperature, top_k, top_p)[:, None]
+            idx = torch.cat((idx, new), dim=1)
+            yield new[:, 0]
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, without position embeddings unless non_embedding=False; the tied matrix counts once."""
@@ -253,8 +245,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict[str, torch.Tensor]) -> 'GPT':
-        """A model on the CPU around the tensors of a state dict, which it takes over if they are float32. `_orig_mod.`
-        of compiled models and stored attention masks are left out. Raises ValueError naming what does not fit."""
+        """A model on the CPU, built on the tensors of a state dict (no copies if they are float32). `_orig_mod.` of
+        compiled models and stored attention masks are left out. Raises ValueError naming what does not fit."""
         with torch.device('meta'):  # names and shapes, but no memory
             model = cls(config)
         own = model.state_dict()
@@ -275,7 +267,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, dropout: float | None = None) -> 'GPT':
-        """The model of a train.py checkpoint, on the CPU; dropout replaces the stored one. Raises ValueError."""
+        """The model of a train.py checkpoint, on the CPU; dropout replaces the stored one. ValueError if it is odd."""
         stored = checkpoint['model_args']
         names = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
         if set(stored) != names:
@@ -290,8 +282,8 @@ class GPT(nn.Module):
         from safetensors import SafetensorError
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        if others := set(override_args or ()) - {'dropout'}:
-            raise ValueError(f'only dropout can be overridden, not {sorted(others)}')
+        if others := sorted({*(override_args or ())} - {'dropout'}):
+            raise ValueError(f'only dropout can be overridden, not {others}')
         if model_type not in PUBLISHED and not os.path.isfile(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} is none of {", ".join(PUBLISHED)} and no folder with config.json')
         try:
@@ -300,8 +292,9 @@ class GPT(nn.Module):
             hf, info = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
         except (OSError, RuntimeError, SafetensorError) as e:
-            raise ValueError(f'{model_type} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]}): init_from '
-                             'also takes a folder with config.json and model.safetensors') from e
+            why = f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'
+            raise ValueError(f'{model_type} cannot be loaded ({why}): a folder that holds config.json and '
+                             'model.safetensors will do, too') from e
         # transformers would go on with fresh random values for what is not in the file
         if wrong := {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}:
             raise ValueError(f'{model_type}: the weights do not fit its config.json: {wrong}')
@@ -328,21 +321,21 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
         return logits.argmax(-1)
     logits = logits.float()
     if 0 < (top_k or 0) < logits.size(-1):
-        least = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < least, -math.inf)
+        kth = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < kth, -math.inf)
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # probabilities, but for a factor
     if top_p < 1:
         likely = p.sort(-1, descending=True).values
         before = likely.cumsum(-1) - likely
-        enough = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # how many tokens it takes
-        p = p.masked_fill(p < likely.gather(-1, (enough - 1).clamp(min=0)), 0.0)
+        count = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # the fewest that reach top_p
+        p = p.masked_fill(p < likely.gather(-1, (count - 1).clamp(min=0)), 0.0)
     ends = p.cumsum(-1)  # where each token ends on the line
-    whole = ends[:, -1:]
-    return ((ends <= u[:, None] * whole) & (ends < whole)).sum(-1)  # never past the last one that has probability
+    before_u = (ends <= u[:, None] * ends[:, -1:]).sum(-1)  # so many tokens end before u: the next one lies over it
+    return before_u.minimum((ends < ends[:, -1:]).sum(-1))  # but none past the last that has probability
 
 
 # Peaks of matrix multiplication in bfloat16 (V100 and T4: float16), dense, summed in float32, in TFLOP/s, from the
-# vendors' datasheets. The first name that stands in a device's name as whole words counts: longer names come first.
+# vendors' datasheets. The first that is found in a device's name as whole words counts: 'H100 PCIe' before 'H100'.
 PEAK_TFLOPS = {
     'V100': 125, 'T4': 65, 'A100': 312, 'A10': 125, 'A10G': 70, 'L4': 121, 'L40': 181, 'L40S': 362, 'H100 PCIe': 756,
     'H100 NVL': 835, 'H100': 989, 'H200 NVL': 835, 'H200': 989, 'B200': 2250, 'MI300X': 1307, 'MI300A': 981,
@@ -354,7 +347,14 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of a CUDA device in FLOP/s by the table above; None where that does not say, as for parts of laptops."""
+    """Peak of a CUDA device in FLOP/s by the table above; None if it is not there, or a laptop's, which is slower."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peaks = [1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name)]
     return peaks[0] if peaks and 'Laptop' not in name else None
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by the arguments of nanoGPT's own, for code that imports that; nothing here uses it."""
+
+    def __init__(self, ndim: int, bias: bool = True):
+        super().__init__(ndim, bias=bias)

@@ -5,13 +5,13 @@ Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weight
     python train.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On several nodes, the same command on each, with its own --node_rank and the address of the first:
+On several nodes, the same on each, but for --node_rank; the address is that of the first:
 
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
 """
 
 try:
-    import fast  # the same numbers, sooner: nothing below needs it
+    import fast  # what makes it fast, and nothing else; it comes first, since imports are what it speeds up first
 except ImportError:
     fast = None
 import contextlib
@@ -32,11 +32,11 @@ from model import GPT, PUBLISHED, GPTConfig
 # -- options --------------------------------------------------------------------------------------------------------
 
 out_dir = 'out'  # checkpoints and log.jsonl go here
-eval_interval = 2000  # updates from one evaluation, and save, to the next
-log_interval = 1  # updates from one log line to the next
+eval_interval = 2000  # evaluate and save every so many updates
+log_interval = 1  # print and log every so many updates
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
 eval_only = False  # evaluate once, write nothing, end
-always_save_checkpoint = True  # ckpt.pt is the latest state; False: the best one, and last.pt a newer one
+always_save_checkpoint = True  # False: ckpt.pt only where val loss is the best so far; what is newer is last.pt
 init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
 wandb_log = False  # log to wandb too
 wandb_project = 'owt'
@@ -62,18 +62,20 @@ lr_decay_iters = 600000  # the cosine ends here; about max_iters (Hoffmann et al
 min_lr = 6e-5  # the learning rate from then on; about learning_rate / 10
 backend = 'auto'  # of torchrun's process group: nccl on GPUs, gloo elsewhere
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
-dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the device computes in natively
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it, float16 on older GPUs
 compile = True  # torch.compile the model; where that cannot work, training goes on without
 seed = 1337  # everything random follows from it and the step
+# takes over config files and --key=value; brings config, need, at_least, note_mistakes, resolve, end_if_wrong, fail
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
-on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests look in from here, once an update
+on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
 
-# -- 1 the machine: ranks, device, precision, seed ------------------------------------------------------------------
+# -- 1 check the options; the machine: ranks, device, precision, seed -----------------------------------------------
 
 ddp = 'RANK' in os.environ  # started by torchrun
 rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
-first = rank == 0  # this process prints, logs and saves
+master = rank == 0  # the process that prints, logs and saves
+say = print if master else lambda *words: None
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
 need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
@@ -88,7 +90,7 @@ need(grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off')
 need(init_from in ('scratch', 'resume', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
      f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json')
 need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
-fits(GPTConfig, **shape)
+note_mistakes(GPTConfig, **shape)
 device, dtype = resolve(device, dtype)
 end_if_wrong()  # with a line for each mistake above
 
@@ -97,38 +99,29 @@ if ddp:
     if device_type == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-    if backend == 'auto':
-        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
-torch.utils.deterministic.fill_uninitialized_memory = False
+torch.utils.deterministic.fill_uninitialized_memory = False  # which that switches on, and nothing here needs
 number_format = getattr(torch, dtype)
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, number_format)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-if first:
-    print(f'device {device}, dtype {dtype}, processes {world_size}')
-    print(f'tokens per iteration will be: {tokens_per_iter:,}')
+say(f'device {device}, dtype {dtype}, processes {world_size}')
+say(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 # -- 2 data and model: scratch, resume, gpt2 ------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
-if first and not eval_only and init_from != 'resume':
+if master and not eval_only and init_from != 'resume':
     ckpt.claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
-
-
-def to_device(tensor):
-    """A copy on the device; to a GPU it overlaps with what the host does next."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else tensor.to(device)
-
-
 iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
 try:
     if init_from == 'scratch':
         raw_model = GPT(GPTConfig(**shape, vocab_size=50304 if bins.tokenizer == 'gpt2' else bins.vocab_size))
     elif init_from == 'resume':
-        stored = ckpt.to_resume(out_dir, config, say=print if first else None)
+        stored = ckpt.to_resume(out_dir, config, say)
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
     else:
@@ -142,12 +135,11 @@ if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if stored and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
-if first and not eval_only and (moved := ckpt.claim(out_dir, fresh=not stored)):
-    print(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
+if master and not eval_only and (moved := ckpt.claim(out_dir, fresh=not stored)):  # now that nothing can be wrong
+    say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
-if first:
-    print(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 
 # -- 3 optimizer, fast parts, compile, data parallel ----------------------------------------------------------------
 
@@ -155,22 +147,18 @@ optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, 
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 resumed = stored is not None
 if resumed:  # moments and steps from the file, hyperparameters from the options
-    try:
-        ckpt.restore(optimizer, scaler, stored)
-    except ValueError as e:
-        fail(*e.args)
+    ckpt.restore(optimizer, scaler, stored)
     stored = None  # its tensors live in model and optimizer now
 if compile:
-    try:
+    try:  # a trial: 1 if it really was compiled, 0 with TORCHDYNAMO_DISABLE=1
         tried = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device))
-        compile = tried.item() == 1  # 0 with TORCHDYNAMO_DISABLE=1
+        compile = tried.item() == 1
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
-        if first:
-            print(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# flat: all gradients are pieces of one tensor, which stays, and which fast.py exchanges between ranks
-flat = fast is not None and fast.for_training(raw_model, number_format, compile, not eval_only and (
-    not ddp or backend == 'nccl'))
+        say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
+# fast.py puts in its parts. flat: it also made all gradients pieces of one tensor, which it exchanges between ranks
+can_be_flat = not eval_only and (not ddp or backend == 'nccl')
+flat = fast is not None and fast.for_training(raw_model, number_format, compile, gradients=can_be_flat)
 if compile:  # piece by piece: one graph serves all blocks, so that it is ready in a fraction of the time
     for block in raw_model.transformer.h:
         block.compile(dynamic=False)
@@ -182,12 +170,18 @@ if ddp and not flat:
 
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 
-micro_steps = gradient_accumulation_steps // world_size
-loss_sum = torch.zeros((), device=device)  # of an update, this rank's share
+micro_steps = gradient_accumulation_steps // world_size  # of this process
+loss_sum = torch.zeros((), device=device)  # this rank's part of the loss of an update
+norms = []  # of the gradients of each update since check_finite, on the device
+
+
+def to_device(tensor):
+    """A copy on the device; to a GPU it overlaps with what the host does next."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else tensor.to(device)
 
 
 def forward_backward(x, y):
-    """One micro-step: gradients add up in the parameters, its part of the mean loss in loss_sum."""
+    """One micro-step: adds its gradients to those of the parameters, and its share of the loss to loss_sum."""
     with autocast():
         loss = model(x, y)[1]
     scaler.scale(loss / micro_steps).backward()
@@ -195,11 +189,11 @@ def forward_backward(x, y):
 
 
 def clip_and_step():
-    """Clip gradients, update parameters, clear gradients; returns the norm from before."""
+    """Clip gradients, update parameters, clear gradients; returns the norm of the gradients before clipping."""
     if flat:
         fast.finish_gradients(raw_model)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)  # inf: it only measures
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not flat)
@@ -208,23 +202,24 @@ def clip_and_step():
     return norm
 
 
-# small kernels wait for their launch; replayed as a CUDA graph they hardly do. Large ones need no help
-work = raw_model.flops_per_token() * batch_size * block_size
-capture = flat and work < 2e13 and not scaler.is_enabled()  # float16's scaler waits for the device
+# launching a small kernel takes longer than its work: replayed as one CUDA graph, they all are one launch. From about
+# 2e13 FLOPs on, kernels are large. float16 cannot have it, since its scaler waits for the device
+flops = raw_model.flops_per_token() * batch_size * block_size
+capture = flat and flops < 2e13 and not scaler.is_enabled()
 micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # the first update runs as it is: it compiles, and makes the optimizer's state
+    # but for the first update, which compiles, and makes the optimizer's state
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
     finish_update = fast.captured(clip_and_step, torch.device(device))
 
 
 def update(step):
-    """All micro-steps of one update, then the update; returns the norm of the gradient, on the device."""
+    """Gradients from all micro-steps, then a step of the optimizer; returns their norm, still on the device."""
     loss_sum.zero_()
     for m in range(micro_steps):
-        row = m * world_size + rank
+        row = m * world_size + rank  # of the gradient_accumulation_steps micro-batches of this update
         x, y = bins.train_batch(seed, step, row, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', step, row)[0]))
@@ -233,7 +228,7 @@ def update(step):
         micro_step(to_device(x), to_device(y))
     if flat:
         fast.exchange_gradients(raw_model)
-    return finish_update().clone()
+    return finish_update().clone()  # a captured function returns the same tensor each time
 
 
 def lr_at(step):
@@ -264,7 +259,7 @@ def evaluate():
     """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
     raw_model.eval()
     count, sums = eval_iters * batch_size, {}
-    # larger batches than in training keep a device busy with a small model, as long as their logits stay small
+    # without gradients larger batches fit: 131,072 tokens (on a CPU 8,192), but not more than 2^28 logits
     fit = min((1 << 17 if device_type == 'cuda' else 1 << 13) // block_size, (1 << 28) // (block_size * vocab_size))
     rows = min(max(fit, batch_size), -(-count // world_size))
     for split in ('train', 'val'):
@@ -277,13 +272,13 @@ def evaluate():
 
 
 def save(name):
-    """Write the whole state of the run to out_dir/name; a last.pt that is no further on has then served its time."""
-    if not first:
+    """Write the whole state of the run to out_dir/name. With a new ckpt.pt, nothing needs last.pt any more."""
+    if not master:
         return
-    print(f'saving checkpoint to {out_dir}')
+    say(f'saving checkpoint to {out_dir}')
     optimizer_state = optimizer.state_dict()
     for group in optimizer_state['param_groups']:
-        group.update(lr=lr, capturable=False)  # plain values, whatever the device needed
+        group.update(lr=lr, capturable=False)  # in the file a number, where a CUDA graph needs a tensor
     ckpt.save(os.path.join(out_dir, name), {
         'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args,
         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
@@ -301,16 +296,16 @@ def leave_together():
 
 
 def check_finite(*losses):
-    """End the run on all ranks, before anything is saved, if a gradient since last time or a loss is not finite."""
-    values = dict(zip(range(iter_num - len(norms), iter_num), torch.stack(norms).tolist() if norms else ()))
+    """End the run on all ranks, without a save, if one of `losses`, or of the norms since last time, is not finite."""
+    norm_at = dict(enumerate(torch.stack(norms).tolist() if norms else (), iter_num - len(norms)))
     norms.clear()
-    # float16 skips an update with such a gradient and lowers its loss scale; normal as long as that stays above 1
-    bad = [step for step, norm in values.items() if not (math.isfinite(norm) or scaler.is_enabled())]
+    # float16: the scaler skips such an update and lowers its scale, which is normal as long as that stays above 1
+    bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
         leave_together()
-        sys.exit(f'iter {at}: gradient norm {values.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
-                 f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if first else 1)
+        sys.exit(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
+                 f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
 
 
 signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
@@ -318,7 +313,7 @@ signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second on
 
 def on_signal(number, frame):
     signals.append(number)
-    if first:  # print() is not safe in here
+    if master:  # print() is not safe in here
         os.write(2, b'finishing this update; a second signal quits at once\n')
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -326,25 +321,24 @@ def on_signal(number, frame):
 
 # -- 6 the loop -----------------------------------------------------------------------------------------------------
 
-finished = resumed and iter_num >= max_iters and not eval_only
-if finished and first:
-    print(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
+nothing_to_do = resumed and iter_num >= max_iters and not eval_only
+if nothing_to_do:
+    say(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
 header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
           'capture': capture, 'processes': world_size,
           'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if first and not (eval_only or finished) else None, header,
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
              resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
-norms = []  # gradient norms since check_finite, on the device
-saved_at = iter_num if resumed else 0
+saved_at = iter_num
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
 
-while not finished:
+while not nothing_to_do:
     lr = lr_at(iter_num)
     for group in optimizer.param_groups:
-        group['lr'] = group['lr'].fill_(lr) if capture else lr  # the graph reads this very tensor
+        group['lr'] = group['lr'].fill_(lr) if capture else lr  # captured: always the same tensor
 
     # evaluate and save
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
@@ -352,15 +346,15 @@ while not finished:
         with watch.paused():
             losses = evaluate()
             check_finite(*losses.values())
-            if first:
-                print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             if eval_only:
                 break
             log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
                                  'mfu': 100 * watch.mfu})
             improved = losses['val'] < best_val_loss
             best_val_loss = min(losses['val'], best_val_loss)
-            if iter_num > saved_at or (improved and resumed):  # a signal may have saved it before it was evaluated
+            # the file resumed from may be of a signal, saved before it was evaluated
+            if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
     if iter_num >= max_iters:
@@ -370,23 +364,21 @@ while not finished:
     iter_num += 1
     on_step(iter_num, raw_model)
 
-    # log; the ranks also agree here on whether one of them was told to stop
+    # log; several ranks agree here on whether one of them was told to stop
     stop = bool(signals) and not ddp
     if (iter_num - 1) % log_interval == 0:
-        norm = float(norms[-1])
+        norm = float(norms[-1])  # before check_finite clears them
         loss, stop = mean_over_ranks(loss_sum, float(bool(signals)))
         check_finite(loss)
         dt = watch.lap(iter_num)
-        if first:
-            print(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
+        say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
+            f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
     if stop:
         check_finite()
         if iter_num > saved_at:
             save('ckpt.pt' if always_save_checkpoint else 'last.pt')
-        if first:
-            print(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
+        say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
         break
 
 log.close()

@@ -175,7 +175,7 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     return moved
 
 
-def to_resume(folder: str, config: dict, say: Callable | None) -> dict:
+def to_resume(folder: str, config: dict, say: Callable = print) -> dict:
     """
     The checkpoint of an out_dir that is further on, for a run with the options `config`; `say` gets a line for each
     option that differs. Raises ValueError, or DataError if a file is damaged.
@@ -186,19 +186,18 @@ def to_resume(folder: str, config: dict, say: Callable | None) -> dict:
                          '--init_from=scratch')
     if (stored := found['model_args'].get('block_size', wanted)) != wanted:
         raise ValueError(f'block_size={wanted}, but the checkpoint has {stored}: resume with --block_size={stored}')
-    if say:
-        for line in differences(found, config):
-            say(line)
+    for line in differences(found, config):
+        say(line)
     return found
 
 
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
     """
     Give the optimizer its moments and steps, and the scaler its scale, from a checkpoint; hyperparameters stay as they
-    are. Raises ValueError if the optimizer's state does not fit its parameters.
+    are. Raises DataError if the optimizer's state does not fit its parameters.
     """
     if problem := misfit(optimizer, checkpoint.get('optimizer')):
-        raise ValueError(f'the optimizer state of the checkpoint does not fit its model: {problem}')
+        raise DataError(f'the optimizer state of the checkpoint does not fit its model: {problem}')
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({'state': checkpoint['optimizer']['state'], 'param_groups': groups})
     if scaler.is_enabled() and checkpoint.get('scaler'):

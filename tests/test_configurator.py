@@ -99,7 +99,7 @@ def test_mistakes_are_noted_and_named_together(toy, capsys):
     space['at_least'](0, 'learning_rate', 'dropout', 'seed')
     space['need'](True, 'not this one')
     space['need']([], 'but this one')
-    space['fits'](GPTConfig, n_layer=0, n_head=5)
+    space['note_mistakes'](GPTConfig, n_layer=0, n_head=5)
     with pytest.raises(SystemExit) as end:
         space['end_if_wrong']()
     assert end.value.code == 2
@@ -112,7 +112,7 @@ def test_mistakes_are_noted_and_named_together(toy, capsys):
 def test_nothing_wrong_is_no_end(toy):
     space = toy()
     space['at_least'](1, 'batch_size')
-    space['fits'](GPTConfig, n_layer=2)
+    space['note_mistakes'](GPTConfig, n_layer=2)
     assert space['end_if_wrong']() is None
 
 
@@ -252,8 +252,8 @@ def test_it_leaves_few_names(toy):
     """Beside modules, and names with an underscore."""
     space = toy('--seed=1')
     names = {k for k, v in space.items() if not k.startswith('_') and not isinstance(v, type(os))}
-    assert names == {*OPTIONS, 'pair', 'nothing', 'later', 'config', 'fail', 'end_if_wrong', 'need', 'at_least', 'fits',
-                     'resolve', 'free_memory'}
+    assert names == {*OPTIONS, 'pair', 'nothing', 'later', 'config', 'fail', 'end_if_wrong', 'need', 'at_least',
+                     'note_mistakes', 'resolve', 'free_memory'}
 
 
 def test_config_is_a_copy(toy):
