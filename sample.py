@@ -8,7 +8,7 @@ Write text with a trained model: a checkpoint of train.py, or the published GPT-
 """
 
 try:
-    import fast  # the same tokens, sooner: nothing below needs it
+    import fast  # what makes it fast, and nothing else; it comes first, since imports are what it speeds up first
 except ImportError:
     fast = None
 import codecs
@@ -39,7 +39,7 @@ stream = False  # show the first sample while it is made; with num_samples=1 it 
 seed = 1337  # sample i follows from (seed, i), whatever the number of samples
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
 dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the device computes in natively
-compile = False  # torch.compile a step; takes most of a minute, pays for very many tokens
+compile = False  # with fast.py: compile steps past block_size, on a CPU all; takes a minute, pays for many tokens
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 at_least(1, 'num_samples', 'max_new_tokens')
@@ -95,8 +95,8 @@ ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')
 ids = ids[-model.config.block_size:].tolist()
-# keys and values for every token, and about twelve values for each that a block reads at once: of the prompt, or, past
-# block_size, of a window
+# memory: keys and values of every token, and about 12 C values for each token that a block reads at once: the prompt, or
+# past block_size a window
 C, block_size, total = model.config.n_embd, model.config.block_size, len(ids) + max_new_tokens
 window = block_size if total > block_size else len(ids)
 needed = (2 * model.config.n_layer * min(block_size, total) + 12 * window) * C * num_samples * number_format.itemsize
