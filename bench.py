@@ -11,7 +11,7 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
 
 try:
     import fast
-except ImportError:
+except ModuleNotFoundError:
     fast = None
 import os
 import runpy

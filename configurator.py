@@ -16,7 +16,6 @@ the one way out for a user's mistake: a line per problem on stderr, exit code 2.
 import ast
 import builtins  # a script's own option may be called `compile`; below, that must stay the function
 import difflib
-import io
 import numbers
 import os
 import re
@@ -57,9 +56,8 @@ def need(right, message):
 def at_least(least, *names):
     """Note each of these options that is smaller than `least`, or not finite."""
     for name in names:
-        value = config[name]
-        finite = 'finite and ' if isinstance(value, float) else ''
-        need(least <= value < float('inf'), f'{name}={value} must be {finite}at least {least}')
+        finite = 'finite and ' if isinstance(config[name], float) else ''
+        need(least <= config[name] < float('inf'), f'{name}={config[name]} must be {finite}at least {least}')
 
 
 def note_mistakes(kind, **arguments):
@@ -71,10 +69,8 @@ def note_mistakes(kind, **arguments):
 
 
 def resolve(device: str, dtype: str) -> tuple[str, str]:
-    """
-    What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
-    computes in it natively, float16 on other CUDA cards, float32 elsewhere. Notes what cannot be had here.
-    """
+    """What 'auto' means on this machine: the device is cuda, else mps, else cpu; the dtype is bfloat16 where the device
+    computes in it natively, float16 on other CUDA cards, float32 elsewhere. Notes what cannot be had here."""
     import torch
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if device == 'auto':
@@ -112,17 +108,16 @@ def free_memory(device: str) -> int:
 # -- reading options ------------------------------------------------------------------------------------------------
 
 def _nearest(name, cutoff):
-    close = difflib.get_close_matches(name, config, n=1, cutoff=cutoff)
-    return close[0] if close else next((key for key in config if _one_edit(name, key)), None)
+    close = difflib.get_close_matches(name, config, n=1, cutoff=cutoff) or [k for k in config if _one_edit(name, k)]
+    return close[0] if close else None
 
 
 def _one_edit(a, b):
     """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
-    if len(b) < 3:  # a name of one or two letters is one edit from everything
-        return False
     i = next((i for i, (p, q) in enumerate(zip(a, b)) if p != q), min(len(a), len(b)))
-    return (a[i + 1:] == b[i + 1:] or a[i + 1:] == b[i:] or a[i:] == b[i + 1:]
+    same = (a[i + 1:] == b[i + 1:] or a[i + 1:] == b[i:] or a[i:] == b[i + 1:]
             or (a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]))
+    return same and len(b) > 2  # a name of one or two letters is one edit from everything
 
 
 def _convert(key, value):
@@ -227,17 +222,17 @@ def _run_words(words):
 def _show_help():
     """Print the script's docstring, then its options with defaults and comments, read from its source; and end."""
     with open(_script, encoding='utf-8') as f:
-        source = f.read()
-    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        lines = f.readlines()
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(iter(lines).__next__)
                 if t.type == tokenize.COMMENT}
-    tree = ast.parse(source)
-    lines = [f'{(ast.get_docstring(tree) or _script).strip()}\n\nOptions, set by --key=value or in a config file:\n']
+    tree = ast.parse(''.join(lines))
+    text = [f'{(ast.get_docstring(tree) or _script).strip()}\n\nOptions, set by --key=value or in a config file:\n']
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in config:
             key = node.targets[0].id
-            lines.append(f'  {f"--{key}={config[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
+            text.append(f'  {f"--{key}={config[key]!r}":40} {comments.get(node.lineno, "")}'.rstrip())
     try:
-        print('\n'.join(lines), flush=True)
+        print('\n'.join(text), flush=True)
     except BrokenPipeError:  # `--help | head` has seen enough; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)

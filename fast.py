@@ -1,8 +1,8 @@
 """
-The same function, sooner: what only makes things faster. Delete this file and every script still runs, on model.py
-alone; numbers then differ by rounding, and on a CPU in which elements dropout drops.
+Speed, and nothing else. Delete this file and every script still runs, on model.py alone, equal but for rounding (and,
+on a CPU, which elements dropout drops). Before you change model.py, delete it: some parts below repeat code from there.
 
-The scripts import it before torch and come in by these doors; model.py knows nothing of it:
+The scripts import it before torch and use these entry points; model.py knows nothing of it:
 
     for_training(model, ...)     parts of the model change class; their parameters, and the names of those, stay
     exchange_gradients(model)    after the last backward pass of an update: their mean over all ranks
@@ -12,17 +12,17 @@ The scripts import it before torch and come in by these doors; model.py knows no
     loading()                    while a model is built around weights that exist
     stream(model, ...)           GPT.stream, token for token
 
-The ladder: what takes how much longer without the part named (tests/README.md: all figures, machines and commands).
+Which part gains what: how much longer things take without it (all figures, machines, commands: tests/README.md).
 
     captured, FusedLoss, AddingLinear       GPT-2 124M on a GPU, 12 x 1024 tokens a micro-step: 49%, 7%, 6%
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
-    PolynomialGELU, DelayedSums             the same: 2%, 0.6%, the price of compiling each block alone
+    PolynomialGELU, DelayedSums             the same: 2%, 0.6%
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
-    token_kernels, draw, launch_options     a token of one sample on a GPU: 14 times as long; 31%, 12%
+    token_kernels, draw_ids, launch_options a token of one sample on a GPU: 14 times as long; 31%, 12%
     OneDNNLinear, packed, LastBlock         ten samples on a CPU: 48%, 24%; past block_size 12%, 5%, 6%
-    loading                                 a second of the start of sample.py
+    loading                                 a second when sample.py starts
 
-Every class below names its plain twin, most by being its subclass, and a test holds the two together.
+Every class below names its plain twin, mostly its base class, and a test compares the two.
 """
 
 import gc
@@ -52,11 +52,11 @@ left_out: set[str] = set()  # parts to do without, by name: bench.py --without=.
 
 # -- training: parts that take the place of plain ones ----------------------------------------------------------------
 
-def for_training(model: GPT, dtype: torch.dtype, compiled: bool, gradients: bool) -> bool:
+def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> bool:
     """
-    Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `gradients`, and
-    on CUDA, all gradients become pieces of one tensor: then returns True, they must be set to zero and never to None,
-    and the other doors for training are to be used.
+    Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `flat`, and on
+    CUDA, all gradients become slices of one tensor, and True is returned: the caller then sets gradients to zero, never
+    to None, and uses the other functions for training, too.
     """
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
@@ -68,12 +68,12 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, gradients: bool
     twins = {part.__base__: part for part in parts} | {Block: DelayedBlock if DelayedSums in parts else Block}
     for module in list(model.modules())[1:]:
         module.__class__ = twins.get(type(module), type(module))
-    if cuda and gradients:
+    if cuda and flat:
         flatten_gradients(model)
-        # it takes cuBLAS, and a compiler that lets a backward pass change what it is given
+        # this needs cuBLAS, and a compiler that allows a backward pass to change its inputs
         if half and torch.version.cuda and torch.__version__ >= '2.11' and 'AddingLinear' not in left_out:
             add_gradients(model, dtype)
-    return cuda and gradients
+    return cuda and flat
 
 
 class BFloat16Stream(GPT):
@@ -166,7 +166,7 @@ class PolynomialGELU(nn.GELU):
 
 class FusedCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). A kernel turns
-    the logits into their gradient where they stand, and nothing else of their size is ever held. The gradient of weight
+    the logits into their gradient in place, and nothing else of their size is ever held. The gradient of weight
     is added to `total`, if there is one, and else returned."""
 
     @staticmethod
@@ -210,7 +210,7 @@ class FusedLoss(GPT):
 def flatten_gradients(model: GPT) -> None:
     """Make the gradient of every parameter a piece of one float32 tensor of zeros, `model.gradients`."""
     params = list(model.parameters())
-    sizes = [-(-p.numel() // 64) * 64 for p in params]  # pieces begin where matmuls like them to
+    sizes = [-(-p.numel() // 64) * 64 for p in params]  # each starts aligned, as matmuls want it
     model.gradients = torch.zeros(sum(sizes), device=params[0].device)
     for p, piece in zip(params, model.gradients.split(sizes)):
         p.grad = piece[:p.numel()].view_as(p)
@@ -224,8 +224,8 @@ def exchange_gradients(model: GPT) -> None:
 
 # Autograd would write the gradient of a weight in 16 bits, cast it to 32 and add it to .grad: three times the traffic
 # of one matmul that adds. So Linears read a copy of their weight in 16 bits, which is made once an update, and their
-# backward pass adds to weight.grad itself. A LayerNorm without bias in front of a Linear leaves its weight to that
-# copy, weight * norm.weight then: so no micro-step has to sum the gradient of norm.weight over all tokens.
+# backward pass adds to weight.grad itself. A LayerNorm without bias before a Linear is folded into that copy, then
+# weight * norm.weight; finish_gradients() tells their gradients apart, once an update and not in every micro-step.
 
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -274,7 +274,7 @@ class AddingLinear(nn.Linear):
 
 
 class AddingEmbedding(nn.Embedding):
-    """nn.Embedding."""
+    """nn.Embedding, whose backward pass adds to weight.grad itself."""
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         return AddRows.apply(idx, self.weight, self.weight.grad)
@@ -350,7 +350,7 @@ def captured(function: Callable, device: torch.device, warm: int = 1) -> Callabl
 # -- generation -------------------------------------------------------------------------------------------------------
 
 class loading(torch.overrides.TorchFunctionMode):
-    """Meanwhile modules get no initial values, which would be replaced; on the meta device those cost a second."""
+    """While active, modules skip initial values, as weights replace them; on the meta device those cost a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {})) if getattr(func, '__module__', '') != 'torch.nn.init' else None
@@ -362,6 +362,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
            compiled: bool = False, spare: int = 0) -> Iterator[torch.Tensor]:
     """GPT.stream. On CUDA all state stays on the device, and a step is captured once and replayed. `compiled` is for
     steps past block_size, on a CPU for all of them. On a CPU copies of the weights may take `spare` bytes."""
+    if any(type(block) is not Block or type(block.attn) is not CausalSelfAttention for block in model.transformer.h):
+        return (yield from model.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size, uniforms))
     (B, T), S, device = idx.shape, model.config.block_size, idx.device
     if uniforms is None:
         uniforms = torch.rand(B, max_new_tokens)
@@ -372,13 +374,13 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     caches = [GraphCache(size) if kernels else KVCache(size) for _ in model.transformer.h]
     forward = model.forward
     if compiled:
-        # matrix-vector products as fused reductions: only tuned do they reach the memory's speed
+        # matrix-vector products as fused reductions: they reach the memory's speed only when tuned
         forward = torch.compile(forward, options={'coordinate_descent_tuning': True} if device.type == 'cuda' else None)
 
     def put(logits: torch.Tensor) -> None:
         at.add_(1)
         now = u.index_select(0, at)[0]  # (B,)
-        out.index_copy_(0, at, draw(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
+        out.index_copy_(0, at, draw_ids(logits[:, -1, :vocab_size], now, temperature, top_k, top_p)[None])
 
     def read_prompt() -> None:
         put(model(out[:T].T[:, -S:], caches=caches if T <= S else None)[0])
@@ -494,9 +496,10 @@ def launch_options(device: torch.device) -> dict:
     return {'OVERLAP': True, 'launch_pdl': True} if overlap else {'OVERLAP': False}
 
 
-def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
+def draw_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
+             top_p: float) -> torch.Tensor:
     """sample_ids, by two CUDA kernels where there is no top_p."""
-    if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'draw' in left_out:
+    if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'draw_ids' in left_out:
         return sample_ids(logits, u, temperature, top_k, top_p)
     (B, V), lowest_bit = logits.shape, 16 if logits.dtype == torch.bfloat16 else 0
     G = triton.cdiv(V, 16)

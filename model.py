@@ -46,7 +46,7 @@ class GPTConfig:
             problems.append(f'gelu={self.gelu} must be exact or tanh')
         if problems:
             raise ValueError(*problems)
-        self.dropout = float(self.dropout)  # numpy's numbers become Python's, the only ones in a checkpoint
+        self.dropout = float(self.dropout)  # numpy's numbers become plain ones: a checkpoint takes no others
         for name, n in sizes.items():
             setattr(self, name, int(n))
 
@@ -54,7 +54,7 @@ class GPTConfig:
 class KVCache:
     """
     For generation: the keys and values of the tokens read so far, at most `size` of them, in one layer. Only attention
-    looks at other tokens, so with these kept, a step need read the new token alone.
+    looks at other tokens, so with these kept, a step only has to read the new token.
     """
 
     def __init__(self, size: int):
@@ -93,8 +93,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(q k.T / sqrt(hs)) v, head by head, where no position sees a later one."""
-        p = self.attn_dropout.p if self.training else 0.0  # torch's function drops weights itself
-        # is_causal counts queries and keys from the same start; a single query is the last one and sees all keys
+        p = self.attn_dropout.p if self.training else 0.0  # torch's function applies this dropout itself
+        # is_causal aligns the first query with the first key; a single query is the last token and may see all keys
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, dropout_p=p)
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
         normed = self.ln_1(x)
-        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # an attention of your own may take none
+        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # your own may not accept one
         return x + self.mlp(self.ln_2(x))
 
 
@@ -145,7 +145,7 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds tokens and scores them
-        # 2 n_layer of the c_proj add to x, each its variance: they start smaller by the root of that (GPT-2, 2.3)
+        # 2 n_layer outputs of c_proj are summed into x; 1 / sqrt(2 n_layer) keeps the variance of the sum (GPT-2, 2.3)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -198,7 +198,7 @@ class GPT(nn.Module):
         T, block_size = idx.size(1), self.config.block_size
         if uniforms is None:
             uniforms = torch.rand(len(idx), max_new_tokens)
-        caches = None  # a block or an attention of your own may take none: then each step reads all tokens again
+        caches = None  # where your own block or attention does not accept one, each step reads all tokens again
         parts = [part for block in self.transformer.h for part in (block, getattr(block, 'attn', block))]
         if all('cache' in inspect.signature(part.forward).parameters for part in parts):
             caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in self.transformer.h]
@@ -226,7 +226,7 @@ class GPT(nn.Module):
         self.config.block_size = block_size
 
     def flops_per_token(self) -> int:
-        """Forward and backward pass, counted as 6 N + 12 n_layer n_embd T (Chowdhery et al. 2022, appendix B)."""
+        """Forward and backward: 6 N + 12 n_layer n_embd T; N parameters, T = block_size (Chowdhery et al. 2022)."""
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
@@ -267,7 +267,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, dropout: float | None = None) -> 'GPT':
-        """The model of a train.py checkpoint, on the CPU; dropout replaces the stored one. ValueError if it is odd."""
+        """The model of a train.py checkpoint, on the CPU; dropout replaces the stored one. ValueError if misfit."""
         stored = checkpoint['model_args']
         names = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
         if set(stored) != names:
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         except (OSError, RuntimeError, SafetensorError) as e:
             why = f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'
             raise ValueError(f'{model_type} cannot be loaded ({why}): a folder that holds config.json and '
-                             'model.safetensors will do, too') from e
+                             'model.safetensors works too') from e
         # transformers would go on with fresh random values for what is not in the file
         if wrong := {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}:
             raise ValueError(f'{model_type}: the weights do not fit its config.json: {wrong}')
@@ -314,8 +314,8 @@ class GPT(nn.Module):
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,
                top_p: float) -> torch.Tensor:
     """
-    Token ids (B,) from logits (B, V) and uniforms u (B,). Lay the probabilities of all tokens side by side on a line:
-    the one that lies over u is taken. So what a row draws depends on its own logits and u, and on nothing else.
+    Token ids (B,) from logits (B, V) and uniforms u (B,). Lay the probabilities end to end on the line from 0 to 1 and
+    take the token whose stretch contains u. So what a row draws depends on its own logits and u, and on nothing else.
     """
     if temperature < 1e-20:  # 0, or so little that float32 cannot divide by it
         return logits.argmax(-1)
@@ -323,15 +323,15 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     if 0 < (top_k or 0) < logits.size(-1):
         kth = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < kth, -math.inf)
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # probabilities, but for a factor
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # probabilities, up to a common factor
     if top_p < 1:
         likely = p.sort(-1, descending=True).values
         before = likely.cumsum(-1) - likely
         count = (before < top_p * likely.sum(-1, keepdim=True)).sum(-1, keepdim=True)  # the fewest that reach top_p
         p = p.masked_fill(p < likely.gather(-1, (count - 1).clamp(min=0)), 0.0)
     ends = p.cumsum(-1)  # where each token ends on the line
-    before_u = (ends <= u[:, None] * ends[:, -1:]).sum(-1)  # so many tokens end before u: the next one lies over it
-    return before_u.minimum((ends < ends[:, -1:]).sum(-1))  # but none past the last that has probability
+    index = (ends <= u[:, None] * ends[:, -1:]).sum(-1)  # so many tokens end at or before u: the next contains it
+    return index.minimum((ends < ends[:, -1:]).sum(-1))  # at most the last token that has any probability
 
 
 # Peaks of matrix multiplication in bfloat16 (V100 and T4: float16), dense, summed in float32, in TFLOP/s, from the

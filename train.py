@@ -5,14 +5,14 @@ Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weight
     python train.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On several nodes, the same on each, but for --node_rank; the address is that of the first:
+On several nodes, run this on each with its own --node_rank; the address is that of the first node:
 
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
 """
 
 try:
-    import fast  # what makes it fast, and nothing else; it comes first, since imports are what it speeds up first
-except ImportError:
+    import fast  # speed only; before torch, because it also makes imports faster
+except ModuleNotFoundError:  # deleted: everything works without it
     fast = None
 import contextlib
 import math
@@ -36,7 +36,7 @@ eval_interval = 2000  # evaluate and save every so many updates
 log_interval = 1  # print and log every so many updates
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
 eval_only = False  # evaluate once, write nothing, end
-always_save_checkpoint = True  # False: ckpt.pt only where val loss is the best so far; what is newer is last.pt
+always_save_checkpoint = True  # False: ckpt.pt only on a new best val loss, other states go to last.pt
 init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
 wandb_log = False  # log to wandb too
 wandb_project = 'owt'
@@ -65,7 +65,7 @@ device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is the
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it, float16 on older GPUs
 compile = True  # torch.compile the model; where that cannot work, training goes on without
 seed = 1337  # everything random follows from it and the step
-# takes over config files and --key=value; brings config, need, at_least, note_mistakes, resolve, end_if_wrong, fail
+# applies config files and --key=value; defines config, need, at_least, note_mistakes, resolve, end_if_wrong, fail
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
 
@@ -104,7 +104,7 @@ if ddp:
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
-torch.utils.deterministic.fill_uninitialized_memory = False  # which that switches on, and nothing here needs
+torch.utils.deterministic.fill_uninitialized_memory = False  # a costly extra of that mode, which nothing here needs
 number_format = getattr(torch, dtype)
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, number_format)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -116,11 +116,12 @@ say(f'tokens per iteration will be: {tokens_per_iter:,}')
 bins = Bins(dataset, block_size)
 if master and not eval_only and init_from != 'resume':
     ckpt.claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
+resumed = init_from == 'resume'
 iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
 try:
     if init_from == 'scratch':
         raw_model = GPT(GPTConfig(**shape, vocab_size=50304 if bins.tokenizer == 'gpt2' else bins.vocab_size))
-    elif init_from == 'resume':
+    elif resumed:
         stored = ckpt.to_resume(out_dir, config, say)
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
@@ -133,9 +134,9 @@ except ValueError as e:
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
-if stored and stored.get('codec', bins.state) != bins.state:
+if resumed and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
-if master and not eval_only and (moved := ckpt.claim(out_dir, fresh=not stored)):  # now that nothing can be wrong
+if master and not eval_only and (moved := ckpt.claim(out_dir, fresh=not resumed)):  # all checks have passed
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
@@ -145,7 +146,6 @@ say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-resumed = stored is not None
 if resumed:  # moments and steps from the file, hyperparameters from the options
     ckpt.restore(optimizer, scaler, stored)
     stored = None  # its tensors live in model and optimizer now
@@ -156,9 +156,9 @@ if compile:
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# fast.py puts in its parts. flat: it also made all gradients pieces of one tensor, which it exchanges between ranks
+# fast.py swaps in faster parts. flat: all gradients are slices of one tensor, which it averages over the ranks itself
 can_be_flat = not eval_only and (not ddp or backend == 'nccl')
-flat = fast is not None and fast.for_training(raw_model, number_format, compile, gradients=can_be_flat)
+flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
 if compile:  # piece by piece: one graph serves all blocks, so that it is ready in a fraction of the time
     for block in raw_model.transformer.h:
         block.compile(dynamic=False)
@@ -171,8 +171,8 @@ if ddp and not flat:
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-loss_sum = torch.zeros((), device=device)  # this rank's part of the loss of an update
-norms = []  # of the gradients of each update since check_finite, on the device
+loss_sum = torch.zeros((), device=device)  # this rank's mean loss over the micro-steps of an update
+norms = []  # of the gradients since the last check_finite(), still on the device
 
 
 def to_device(tensor):
@@ -202,15 +202,15 @@ def clip_and_step():
     return norm
 
 
-# launching a small kernel takes longer than its work: replayed as one CUDA graph, they all are one launch. From about
-# 2e13 FLOPs on, kernels are large. float16 cannot have it, since its scaler waits for the device
+# A small kernel takes longer to launch than to run, so small models replay an update as CUDA graphs: one launch for all
+# kernels. Above about 2e13 FLOPs that does not pay. Not with float16: its scaler has to wait for the device
 flops = raw_model.flops_per_token() * batch_size * block_size
 capture = flat and flops < 2e13 and not scaler.is_enabled()
 micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # but for the first update, which compiles, and makes the optimizer's state
+    # the first update is not captured: it compiles, and creates the optimizer's state
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
     finish_update = fast.captured(clip_and_step, torch.device(device))
 
@@ -219,10 +219,10 @@ def update(step):
     """Gradients from all micro-steps, then a step of the optimizer; returns their norm, still on the device."""
     loss_sum.zero_()
     for m in range(micro_steps):
-        row = m * world_size + rank  # of the gradient_accumulation_steps micro-batches of this update
-        x, y = bins.train_batch(seed, step, row, gradient_accumulation_steps, batch_size)
+        part = m * world_size + rank  # which of the gradient_accumulation_steps micro-batches of this update
+        x, y = bins.train_batch(seed, step, part, gradient_accumulation_steps, batch_size)
         if dropout > 0:
-            torch.manual_seed(int(draw(1, seed, 'dropout', step, row)[0]))
+            torch.manual_seed(int(draw(1, seed, 'dropout', step, part)[0]))
         if model is not raw_model:  # DistributedDataParallel: gradients are exchanged in the last backward pass
             model.require_backward_grad_sync = m == micro_steps - 1
         micro_step(to_device(x), to_device(y))
@@ -259,7 +259,7 @@ def evaluate():
     """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
     raw_model.eval()
     count, sums = eval_iters * batch_size, {}
-    # without gradients larger batches fit: 131,072 tokens (on a CPU 8,192), but not more than 2^28 logits
+    # without gradients larger batches fit: 131,072 tokens (without CUDA 8,192), but not more than 2^28 logits
     fit = min((1 << 17 if device_type == 'cuda' else 1 << 13) // block_size, (1 << 28) // (block_size * vocab_size))
     rows = min(max(fit, batch_size), -(-count // world_size))
     for split in ('train', 'val'):
@@ -299,7 +299,7 @@ def check_finite(*losses):
     """End the run on all ranks, without a save, if one of `losses`, or of the norms since last time, is not finite."""
     norm_at = dict(enumerate(torch.stack(norms).tolist() if norms else (), iter_num - len(norms)))
     norms.clear()
-    # float16: the scaler skips such an update and lowers its scale, which is normal as long as that stays above 1
+    # float16: the scaler skips such an update and lowers its scale, which is normal while that is at least 1
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
@@ -335,7 +335,7 @@ saved_at = iter_num
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
 
-while not nothing_to_do:
+while not nothing_to_do:  # every end is a break below
     lr = lr_at(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = group['lr'].fill_(lr) if capture else lr  # captured: always the same tensor
@@ -353,7 +353,7 @@ while not nothing_to_do:
                                  'mfu': 100 * watch.mfu})
             improved = losses['val'] < best_val_loss
             best_val_loss = min(losses['val'], best_val_loss)
-            # the file resumed from may be of a signal, saved before it was evaluated
+            # what was resumed may have been saved on a signal, before this evaluation
             if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
@@ -374,7 +374,7 @@ while not nothing_to_do:
         say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
-    if stop:
+    if stop and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
         check_finite()
         if iter_num > saved_at:
             save('ckpt.pt' if always_save_checkpoint else 'last.pt')

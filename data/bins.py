@@ -200,11 +200,11 @@ class Bins:
                             one_rank=True)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
-    def train_batch(self, seed: int, step: int, row: int, rows: int,
+    def train_batch(self, seed: int, step: int, part: int, parts: int,
                     batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Micro-batch `row` of the `rows` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
-        raw = draw(rows * batch_size, seed, 'train', step)
-        return self._sequences('train', raw[row * batch_size:(row + 1) * batch_size])
+        """Micro-batch `part` of the `parts` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
+        raw = draw(parts * batch_size, seed, 'train', step)
+        return self._sequences('train', raw[part * batch_size:(part + 1) * batch_size])
 
     def eval_batches(self, split: str, count: int, batch_size: int, rank: int = 0,
                      world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
