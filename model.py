@@ -94,8 +94,8 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(q k.T / sqrt(hs)) v, head by head, where no position sees a later one."""
         p = self.attn_dropout.p if self.training else 0.0  # torch's function applies this dropout itself
-        # is_causal aligns the first query with the first key; a single query is the last token and may see all keys
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, dropout_p=p)
+        # a single query is the last token and may see all keys; `if`, since to torch.compile a size may be a symbol
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True if q.size(2) > 1 else False, dropout_p=p)
 
 
 class MLP(nn.Module):

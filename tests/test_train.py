@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -459,6 +460,13 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
     lr = 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * 3 / 18))
     assert re.match(rf'iter 5: gradient norm nan, .*lr {lr:.3e}', str(done.code)), done.code
     assert iters(done) == [0, 4] and sorted(os.listdir(out_dir)) == ['log.jsonl']
+
+
+def test_a_signal_in_the_last_update_changes_nothing(train, out_dir):
+    done = train(on_step=lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 8 else None)
+    assert done.code == 0 and steps(done) == [0, 4, 8] and 'stopped by a signal' not in done.out
+    assert [r['iter'] for r in records(out_dir, 'eval')] == [0, 4, 8]
+    assert ckpt.load(str(out_dir / 'ckpt.pt'))['iter_num'] == 8
 
 
 def test_a_compiler_switched_off_is_not_used(train, out_dir, monkeypatch):
