@@ -18,7 +18,7 @@ Which part gains what: how much longer things take without it (all figures, mach
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
     PolynomialGELU, DelayedSums             the same: 2%, 0.6%
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
-    token_kernels, draw_ids, launch_options a token of one sample on a GPU: 14 times as long; 31%, 12%
+    token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed, LastBlock         ten samples on a CPU: 48%, 24%; past block_size 12%, 5%, 6%
     loading                                 a second when sample.py starts
 

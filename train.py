@@ -205,7 +205,7 @@ def clip_and_step():
 # A small kernel takes longer to launch than to run, so small models replay an update as CUDA graphs: one launch for all
 # kernels. Above about 2e13 FLOPs that does not pay. Not with float16: its scaler has to wait for the device
 flops = raw_model.flops_per_token() * batch_size * block_size
-capture = flat and flops < 2e13 and not scaler.is_enabled()
+capture = flat and flops < 2e13 and not scaler.is_enabled() and not (ddp and torch.version.hip)  # pytorch #177309
 micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
