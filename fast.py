@@ -26,8 +26,10 @@ Every class below names its plain twin, mostly its base class, and a test compar
 """
 
 import gc
+import os
 
 gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # threads that wait for others soon leave the core to other programs
 
 import contextlib
 import functools

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import platform
 import sys
 
@@ -468,6 +469,16 @@ def test_ids_are_drawn_at_the_ends_and_from_nan(device):
     test_generate.test_the_largest_uniform_below_one_draws_a_possible_id(device, fast.draw_ids)
     for V in (40, 48):
         test_generate.test_logits_that_are_nan_draw_an_id_all_the_same(V, device, fast.draw_ids)
+
+
+@pytest.mark.parametrize('given, spins', [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7')])
+def test_threads_soon_stop_spinning(given, spins):
+    """The library of threads says at its start what it was told; unless the user says otherwise, that is ours."""
+    env = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'}
+    done = run(sys.executable, '-c', 'import fast', cwd=ROOT, env={**env, 'OMP_DISPLAY_ENV': 'verbose', **given})
+    if 'GOMP_SPINCOUNT' not in done.stderr:
+        pytest.skip('torch does not use libgomp here')
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_loading_builds_a_model_without_initial_values():
