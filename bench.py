@@ -59,6 +59,8 @@ need(mode in ('train', 'sample'), f'mode={mode}: choose train or sample')
 need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
 need(mode == 'train' or not compare or prompt_tokens + max_new_tokens <= block_size,
      f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
+for name in filter(None, without.split(',')):
+    need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py lists none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
 where, number_format = resolve(device, dtype)
@@ -226,10 +228,8 @@ def time_sample() -> None:
         return dt
 
     def generate():
-        how = dict(top_k=top_k, vocab_size=known)
-        if fast:
-            how.update(compiled=compile, spare=free_memory(where.type))
-        return list((fast or GPT).stream(model, prompt, max_new_tokens, **how))
+        how = dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
+        return list((fast or GPT).stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how))
 
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 3))
     if not compare:

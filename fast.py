@@ -20,7 +20,7 @@ Which part gains what: how much longer things take without it (all figures, mach
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed, LastBlock         ten samples on a CPU: 48%, 24%; past block_size 12%, 5%, 6%
-    loading                                 a second when sample.py starts
+    kept_memory, loading                    page faults past block_size; a second when sample.py starts
 
 Every class below names its plain twin, mostly its base class, and a test compares the two.
 """

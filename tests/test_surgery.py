@@ -13,22 +13,15 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig, KVCache, LayerNorm
 
+from . import test_model
+from .test_model import ids
+
 SHAPE = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=64)
 PROMPT = 5
 
 
 def small(**changes) -> GPT:
-    """A tiny model in eval mode whose weights are large enough for every part of it to matter."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SHAPE, **changes})).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
-def ids(*shape: int, seed: int = 0, vocab_size: int = 61) -> torch.Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return test_model.small(**{**SHAPE, **changes})
 
 
 @torch.no_grad()
