@@ -60,7 +60,7 @@ need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
 need(mode == 'train' or not compare or prompt_tokens + max_new_tokens <= block_size,
      f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
 for name in filter(None, without.split(',')):
-    need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py lists none')
+    need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py has none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
 where, number_format = resolve(device, dtype)
