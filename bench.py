@@ -5,7 +5,7 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
     python bench.py --real_data=False --compare=True      on random tokens, and transformers' GPT-2 beside it
     python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
     python bench.py --mode=sample --batch_size=1          tokens per second of generation
-    python bench.py --without=FusedLoss,LastBlock         without these parts of fast.py; --without=fast: without all
+    python bench.py --without=FusedLoss,CPUDropout        without these parts of fast.py; --without=fast: without all
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU
 """
 
@@ -129,7 +129,7 @@ def time_train() -> tuple[float, int]:
 
     times = []
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile else None
+    profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile and first else None
 
     def watch(step, model):
         if step == warmup_steps:

@@ -1,6 +1,7 @@
 """
 Speed, and nothing else. Delete this file and every script still runs, on model.py alone, equal but for rounding (and,
 on a CPU, which elements dropout drops). Before you change model.py, delete it: some parts below repeat code from there.
+Every class names its plain twin, mostly its base class, and a test compares the two.
 
 The scripts import it before torch and use these entry points; model.py knows nothing of it:
 
@@ -19,19 +20,24 @@ Which part gains what: how much longer things take without it (all figures, mach
     PolynomialGELU, DelayedSums             the same: 2%, 0.6%
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
-    OneDNNLinear, packed, LastBlock         ten samples on a CPU: 48%, 24%; past block_size 12%, 5%, 6%
-    kept_memory, loading                    page faults past block_size; a second when sample.py starts
-
-Every class below names its plain twin, mostly its base class, and a test compares the two.
+    OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
+    FusedLoss on a CPU                      with GPT-2's vocabulary: 86%, and a third more memory
+    AddingEmbeddings, loading               2 s of compiling before the first update; a second when sample.py starts
 """
 
+import contextlib
 import gc
 import os
 
 gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # threads that wait for others soon leave the core to other programs
+with contextlib.suppress(OSError, ValueError):  # Linux
+    running = int(open('/proc/loadavg').read().split()[3].partition('/')[0])  # threads of all programs, at this moment
+    # a thread that waits for others keeps its core for a moment, but not where other programs want it
+    os.environ.setdefault('GOMP_SPINCOUNT', '0' if running > os.cpu_count() else '10000')
+    quota, period = map(int, open('/sys/fs/cgroup/cpu.max').read().split())  # of a container; 'max' if there is none
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(quota // period, len(os.sched_getaffinity(0))))))
 
-import contextlib
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -49,6 +55,10 @@ try:
 except ImportError:  # a build of torch without CUDA
     triton = None
 
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: keep up to 1 GB of freed memory, since what is
+    for option in (-3, -1):  # given back to the system comes again page by page (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
+
 left_out: set[str] = set()  # parts to do without, by name: bench.py --without=... measures what each of them gains
 
 
@@ -62,10 +72,12 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> 
     """
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
-    wanted = {DelayedSums: cuda and compiled, FusedLoss: cuda and (compiled or triton_works(device)),
-              BFloat16Stream: dtype == torch.bfloat16, CPUDropout: cpu, CPUAttention: cpu,
-              PolynomialGELU: cuda and compiled and half}
+    wanted = {DelayedSums: cuda and compiled and 'FusedLoss' not in left_out, AddingEmbeddings: cuda and flat,
+              BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or (cuda and compiled) or triton_works(device),
+              CPUDropout: cpu, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
+    # the loss has nothing to be fused with; finding that out would take the compiler seconds
+    model.cross_entropy = torch.compiler.disable(FusedCrossEntropy.apply) if compiled else FusedCrossEntropy.apply
     model.__class__ = type('FastGPT', (*(part for part in parts if issubclass(part, GPT)), GPT), {})
     twins = {part.__base__: part for part in parts} | {Block: DelayedBlock if DelayedSums in parts else Block}
     for module in list(model.modules())[1:]:
@@ -87,19 +99,15 @@ class BFloat16Stream(GPT):
 
 
 class DelayedSums(GPT):
-    """GPT, where a block leaves its last sum to the next one: compiled together with a LayerNorm it costs nothing. So
-    the activations between the blocks are pairs, still to be added."""
+    """GPT, where a block leaves its last sum to the next one, or to FusedLoss, whose kernels can do it by the way."""
 
     def embed(self, idx: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        x = super().embed(idx, start)
-        return x, torch.zeros_like(x)
-
-    def score(self, pair: tuple, targets: torch.Tensor | None = None) -> tuple:
-        return super().score(pair[0] + pair[1], targets)
+        x = super().embed(idx, start)  # what is added to it needs a gradient, as in other blocks: one graph serves all
+        return x, torch.zeros_like(x, requires_grad=x.requires_grad)
 
 
 class DelayedBlock(Block):
-    """Block, of a pair: (B, T, C) twice -> (B, T, C) twice."""
+    """Block, of two tensors that are still to be added: (B, T, C) twice -> (B, T, C) twice."""
 
     def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x = pair[0] + pair[1]
@@ -167,17 +175,24 @@ class PolynomialGELU(nn.GELU):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). A kernel turns
-    the logits into their gradient in place, and nothing else of their size is ever held. The gradient of weight
-    is added to `total`, if there is one, and else returned."""
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1); x: (N, C), weight: (V, C), targets: (N,). The logits
+    become their gradient in place, and nothing else of their size is ever held. The gradient of weight is added to
+    `total`, if there is one, and else returned."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                 total: torch.Tensor | None) -> torch.Tensor:
-        logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)  # (N, V), (N,)
-        lanes = min(2048, max(32, triton.next_power_of_2(logits.size(1)) // 8))
-        loss_kernel[len(x),](logits, targets, losses, logits.stride(0), logits.size(1), lanes,
-                             num_warps=max(1, lanes // 64))
+        logits, losses, N, V = x @ weight.t(), torch.empty(len(x), device=x.device), len(x), len(weight)
+        if x.is_cuda:  # one kernel, a program for each row
+            lanes = min(2048, max(32, triton.next_power_of_2(V) // 8))
+            loss_kernel[N,](logits, targets, losses, logits.stride(0), V, lanes, num_warps=max(1, lanes // 64))
+        else:  # as many rows at a time as a cache holds
+            rows = max(1, (1 << 21) // V)
+            for part, target, loss in zip(logits.split(rows), targets.split(rows), losses.split(rows)):
+                log_p, at = part.float().log_softmax(1), target.clamp(min=0)[:, None]
+                loss.copy_(F.nll_loss(log_p, target, ignore_index=-1, reduction='none'))
+                part.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(loss, -1)[:, None]))
+                part[target == -1] = 0
         n = (targets != -1).sum().view(1)
         ctx.save_for_backward(logits, x, weight, n)
         ctx.total = total
@@ -187,7 +202,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         grad, x, weight, n = ctx.saved_tensors  # grad: softmax less one-hot, n times the gradient of the logits
         scale = scale / n  # float32, of one dimension: the products below round once
-        scaled = x.clone().mul_(scale)
+        scaled = torch.mul(x, scale, out=torch.empty_like(x))
         of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
         return (grad @ weight).mul_(scale), of_weight, None, None
 
@@ -195,16 +210,16 @@ class FusedCrossEntropy(torch.autograd.Function):
 class FusedLoss(GPT):
     """GPT, whose score() is FusedCrossEntropy where there are targets; it has no logits left to return."""
 
-    def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[None, torch.Tensor]:
-        if targets is None:
-            return super().score(x)
-        x, head = self.transformer.ln_f(x), self.lm_head
-        if type(head) is AddingLinear:
-            weight, total = head.weight16, head.weight.grad
-        else:
-            autocast = torch.is_autocast_enabled('cuda')
-            weight, total = head.weight.to(torch.get_autocast_dtype('cuda') if autocast else x.dtype), None
-        return None, FusedCrossEntropy.apply(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
+    def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        if isinstance(x, tuple):  # of a DelayedBlock
+            x = x[0] + x[1]
+        if targets is None or (x.is_cpu and targets.numel() * self.lm_head.out_features < 1 << 23):  # 32 MB of logits
+            return super().score(x, targets)
+        x, head, kind = self.transformer.ln_f(x), self.lm_head, x.device.type
+        weight, total = (head.weight16, head.weight.grad) if type(head) is AddingLinear else (head.weight, None)
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+        return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
 
 
 # -- training: one tensor of gradients --------------------------------------------------------------------------------
@@ -224,10 +239,10 @@ def exchange_gradients(model: GPT) -> None:
         dist.all_reduce(model.gradients, dist.ReduceOp.AVG)
 
 
-# Autograd would write the gradient of a weight in 16 bits, cast it to 32 and add it to .grad: three times the traffic
-# of one matmul that adds. So Linears read a copy of their weight in 16 bits, which is made once an update, and their
-# backward pass adds to weight.grad itself. A LayerNorm without bias before a Linear is folded into that copy, then
-# weight * norm.weight; finish_gradients() tells their gradients apart, once an update and not in every micro-step.
+# Autograd would write the gradient of a weight in 16 bits, cast it and add it to .grad: three times the traffic of one
+# matmul that adds. So Linears read a copy of their weight in 16 bits, made once an update, and add to weight.grad
+# themselves. A LayerNorm without bias before a Linear is folded into that copy; finish_gradients() tells their
+# gradients apart, once an update and not in every micro-step.
 
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -236,13 +251,11 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def add_gradients(model: GPT, dtype: torch.dtype) -> None:
-    """Let the Linears of a model, and its embeddings, add to their gradients by themselves."""
+    """Let the Linears of a model add to their gradients by themselves."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = AddingLinear
             module.weight16, module.norm = torch.empty_like(module.weight, dtype=dtype), None
-        elif type(module) is nn.Embedding:
-            module.__class__ = AddingEmbedding
     for block in model.transformer.h:
         for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
             if norm.bias is None and 'FoldedLayerNorm' not in left_out:
@@ -275,13 +288,6 @@ class AddingLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class AddingEmbedding(nn.Embedding):
-    """nn.Embedding, whose backward pass adds to weight.grad itself."""
-
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        return AddRows.apply(idx, self.weight, self.weight.grad)
-
-
 class FoldedLayerNorm(nn.LayerNorm):
     """nn.LayerNorm but for its weight, which the next Linear applies."""
 
@@ -305,20 +311,30 @@ class AddProduct(torch.autograd.Function):
         return grad @ weight16, None, None
 
 
-class AddRows(torch.autograd.Function):
-    """weight[idx], (N, K) -> (*idx.shape, K); the gradient of weight is added to total. weight is an argument only so
-    that autograd goes this way at all."""
+class EmbedRows(torch.autograd.Function):
+    """wte[idx] + wpe[:T], (B, T) -> (B, T, C), rounded once to dtype; the gradients are added to theirs."""
 
     @staticmethod
-    def forward(ctx, idx: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, idx: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(idx)
-        ctx.total = total
-        return weight[idx]
+        ctx.totals = wte.grad, wpe.grad[:idx.size(1)]
+        return torch.add(wte[idx], wpe[:idx.size(1)], out=wte.new_empty(*idx.shape, wte.size(1), dtype=dtype))
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None]:
-        ctx.total.index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, -2))
-        return None, None, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None, None]:
+        ctx.totals[0].index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).float())
+        ctx.totals[1].add_(grad.sum(0, dtype=torch.float32))
+        return None, None, None, None
+
+
+class AddingEmbeddings(GPT):
+    """GPT, whose embeddings add to their gradients by themselves."""
+
+    def embed(self, idx: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if start or idx.size(1) > self.config.block_size:
+            return super().embed(idx, start)
+        parts, dtype = self.transformer, torch.bfloat16 if isinstance(self, BFloat16Stream) else torch.float32
+        return parts.drop(EmbedRows.apply(idx, parts.wte.weight, parts.wpe.weight, dtype))
 
 
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
@@ -427,27 +443,20 @@ def forward_token(model: GPT, idx: torch.Tensor, caches: list[GraphCache], at: t
 
 @contextlib.contextmanager
 def decoding(model: GPT, rows: int, spare: int) -> Iterator[None]:
-    """Meanwhile the last block computes the last position only and, on a CPU, Linears run in oneDNN, `rows` at a time;
-    if there are `spare` bytes for it, on copies of their weights in its own order. The weights must not change."""
-    changed = [(model.transformer.h[-1], LastBlock)] * ('LastBlock' not in left_out)
-    if model.lm_head.weight.is_cpu and torch.backends.mkldnn.is_available() and 'OneDNNLinear' not in left_out:
-        changed += [(m, OneDNNLinear) for m in model.modules() if type(m) is nn.Linear and OneDNNLinear.pays(m.weight)]
-    if model.lm_head.weight.is_cpu and 'kept_memory' not in left_out:
-        # glibc keeps freed memory, up to twice the largest block of at most 32 MB that it has seen freed; what it gives
-        # back to the system comes again page by page
-        torch.empty(30 << 20, dtype=torch.uint8)
-    packs = 2 * sum(m.weight.nbytes for m, kind in changed if kind is OneDNNLinear) < spare and 'packed' not in left_out
-    plain = [type(m) for m, _ in changed]
+    """On a CPU, Linears meanwhile run in oneDNN, `rows` at a time; if there are `spare` bytes for it, on copies of
+    their weights in its own order. The weights must not change."""
+    there = model.lm_head.weight.is_cpu and torch.backends.mkldnn.is_available() and 'OneDNNLinear' not in left_out
+    changed = [m for m in model.modules() if there and type(m) is nn.Linear and OneDNNLinear.pays(m.weight)]
+    packs = 2 * sum(m.weight.nbytes for m in changed) < spare and 'packed' not in left_out
     try:
-        for m, kind in changed:
-            m.__class__ = kind
-            if kind is OneDNNLinear:
-                reorders = packs and (rows > 1 or m.weight.dtype == torch.bfloat16)
-                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), rows) if reorders else None
+        for m in changed:
+            reorders = packs and (rows > 1 or m.weight.dtype == torch.bfloat16)
+            m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), rows) if reorders else None
+            m.__class__ = OneDNNLinear
         yield
     finally:
-        for (m, _), kind in zip(changed, plain):
-            m.__class__, m.packed = kind, None
+        for m in changed:
+            m.__class__, m.packed = nn.Linear, None
 
 
 class OneDNNLinear(nn.Linear):
@@ -464,14 +473,6 @@ class OneDNNLinear(nn.Linear):
             return super().forward(x)
         weight = self.weight if self.packed is None else self.packed
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, 'none', [], '')
-
-
-class LastBlock(Block):
-    """Block, of which only the last position is wanted: (B, T, C) -> (B, 1, C)."""
-
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = (x + self.attn(self.ln_1(x), cache))[:, -1:]
-        return x + self.mlp(self.ln_2(x))
 
 
 # -- Triton kernels for CUDA: the loss, and generation of a token -----------------------------------------------------

@@ -162,7 +162,6 @@ flat = fast is not None and fast.for_training(raw_model, number_format, compile,
 if compile:  # piece by piece: one graph serves all blocks, so that it is ready in a fraction of the time
     for block in raw_model.transformer.h:
         block.compile(dynamic=False)
-    raw_model.embed = torch.compile(raw_model.embed, dynamic=False)
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
 model = raw_model
 if ddp and not flat:
