@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from data import bins, codec
+from data import bins, codec, launched
 from model import GPT, GPTConfig, sample_ids
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def time_train() -> tuple[float, int]:
 
     times = []
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile and first else None
+    profiler = torch.profiler.profile(activities=activities, acc_events=True) if profile and rank == 0 else None
 
     def watch(step, model):
         if step == warmup_steps:
@@ -253,11 +253,11 @@ def time_sample() -> None:
         min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), ours)
 
 
-world_size, first = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0') == '0'
-if not first:
+_, rank, local_rank, world_size = launched()
+if rank > 0:
     sys.stdout = open(os.devnull, 'w')  # under torchrun the first process speaks
 if cuda:
-    where = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    where = torch.device('cuda', local_rank)
     torch.cuda.set_device(where)
 peak = measure_ceilings()
 if mode == 'sample':

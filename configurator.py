@@ -24,7 +24,7 @@ import time
 import tokenize
 import traceback
 
-_script, _first_rank = os.path.abspath(__file__), os.environ.get('RANK', '0') == '0'
+_script, _first_rank = os.path.abspath(__file__), os.environ.get('RANK', '') in ('', '0')
 _mistakes = []
 
 

@@ -196,8 +196,7 @@ class GPT(nn.Module):
         uniforms: (B, max_new_tokens) random numbers in [0, 1), one a token; by default from torch's CPU generator.
         """
         T, block_size = idx.size(1), self.config.block_size
-        if uniforms is None:
-            uniforms = torch.rand(len(idx), max_new_tokens)
+        uniforms = torch.rand(len(idx), max_new_tokens) if uniforms is None else uniforms
         caches = None  # where your own block or attention does not accept one, each step reads all tokens again
         parts = [part for block in self.transformer.h for part in (block, getattr(block, 'attn', block))]
         if all('cache' in inspect.signature(part.forward).parameters for part in parts):
@@ -208,6 +207,8 @@ class GPT(nn.Module):
                 logits, _ = self(new, caches=caches)
             else:  # past block_size each token stands at another position than before, so the caches are of no use
                 logits, _ = self(idx[:, -block_size:])
+            if not logits.isfinite().all():
+                raise ValueError('the model makes NaN or infinity of this text')
             new = sample_ids(logits[:, -1, :vocab_size], u, temperature, top_k, top_p)[:, None]
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
@@ -227,8 +228,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward: 6 N + 12 n_layer n_embd T; N parameters, T = block_size (Chowdhery et al. 2022)."""
-        c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation: fwdbwd_per_iter sequences in dt seconds over the GPU's peak; -1.0 if not known."""

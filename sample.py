@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -104,6 +105,9 @@ free = free_memory(device)
 if needed > free:
     fail(f'num_samples={num_samples} need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')
 prompt = torch.tensor(ids, device=device).expand(num_samples, -1)  # (num_samples, T)
+with torch.inference_mode():
+    if not model(prompt[:1])[0].isfinite().all():
+        sys.exit(f'the model makes NaN or infinity of the prompt in {dtype}: try --dtype=float32')
 # 24 bits of each uint64: exact in float32, and below 1
 uniforms = np.stack([draw(max_new_tokens, seed, 'sample', i) >> 40 for i in range(num_samples)]) / np.float32(1 << 24)
 how = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=tokenizer.vocab_size,

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as ckpt
+from data import launched, unlock
 from data.bins import Bins, draw
 from data.runlog import RunLog, Stopwatch, versions
 from model import GPT, PUBLISHED, GPTConfig
@@ -71,9 +72,7 @@ on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tes
 
 # -- 1 check the options; the machine: ranks, device, precision, seed -----------------------------------------------
 
-ddp = 'RANK' in os.environ  # started by torchrun
-rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-world_size = int(os.environ.get('WORLD_SIZE', 1))
+ddp, rank, local_rank, world_size = launched()
 master = rank == 0  # the process that prints, logs and saves
 say = print if master else lambda *words: None
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
@@ -122,7 +121,7 @@ try:
     if init_from == 'scratch':
         raw_model = GPT(GPTConfig(**shape, vocab_size=50304 if bins.tokenizer == 'gpt2' else bins.vocab_size))
     elif resumed:
-        stored = ckpt.to_resume(out_dir, config, say)
+        stored = ckpt.to_resume(out_dir, config, bins.digests, say)
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
     else:
@@ -281,7 +280,7 @@ def save(name):
     ckpt.save(os.path.join(out_dir, name), {
         'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args,
         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
-        'codec': bins.state, 'scaler': scaler.state_dict(), 'dtype': dtype})
+        'codec': bins.state, 'data': bins.digests, 'scaler': scaler.state_dict(), 'dtype': dtype})
     if name == 'ckpt.pt':
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out_dir, 'last.pt'))
@@ -348,14 +347,14 @@ while not nothing_to_do:  # every end is a break below
             say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             if eval_only:
                 break
-            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                                 'mfu': 100 * watch.mfu})
             improved = losses['val'] < best_val_loss
             best_val_loss = min(losses['val'], best_val_loss)
             # what was resumed may have been saved on a signal, before this evaluation
             if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
+            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                                 'mfu': 100 * watch.mfu})
     if iter_num >= max_iters:
         break
 
@@ -381,4 +380,5 @@ while not nothing_to_do:  # every end is a break below
         break
 
 log.close()
+unlock(out_dir)
 leave_together()

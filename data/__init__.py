@@ -3,8 +3,16 @@
 import contextlib
 import errno
 import os
+import socket
 import sys
 import time
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_locks = {}  # by path: the open files whose locks this process holds
 
 
 class DataError(Exception):
@@ -32,11 +40,60 @@ def writing(*paths: str):
         raise DataError(f'{paths[0]} could not be written ({e.strerror}): free some space', one_rank=True) from e
 
 
+def lock(folder: str) -> None:
+    """
+    Make the folder this process's own until unlock() or its end, however it ends; DataError if it is another's. Not on
+    Windows, nor where the file system has no locks.
+    """
+    path = os.path.realpath(os.path.join(folder, 'run.lock'))
+    if fcntl and path not in _locks:
+        file = open(path, 'a+', encoding='utf-8')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DataError(f'out_dir={folder} belongs to a run that is going on ({file.read()}): choose another with '
+                            '--out_dir') from None
+        except OSError:
+            pass
+        file.truncate(0)
+        print(f'process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}', end='', file=file, flush=True)
+        _locks[path] = file
+
+
+def unlock(folder: str) -> None:
+    """Give the folder back, if this process has it."""
+    if file := _locks.pop(os.path.realpath(os.path.join(folder, 'run.lock')), None):
+        file.close()
+
+
+def launched() -> tuple[bool, int, int, int]:
+    """
+    Whether torchrun started this process; its rank, its rank on this machine, and the number of processes: False, 0, 0,
+    1 without it. RANK decides; a WORLD_SIZE alone, as schedulers set it, means nothing. DataError if RANK is there and
+    the rest is not, or is no number.
+    """
+    if not os.environ.get('RANK'):
+        return False, 0, 0, 1
+    missing = [name for name in ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise DataError(f'RANK={os.environ["RANK"]} is set, but not {", ".join(missing)}: start several processes with '
+                        'torchrun, which sets them all, or unset RANK for one', one_rank=True)
+    try:
+        rank, local_rank, processes = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+        if 0 <= rank < processes and local_rank >= 0:
+            return True, rank, local_rank, processes
+    except ValueError:
+        pass
+    raise DataError('RANK={RANK}, LOCAL_RANK={LOCAL_RANK}, WORLD_SIZE={WORLD_SIZE} do not fit together: start several '
+                    'processes with torchrun'.format_map(os.environ), one_rank=True)
+
+
 def _say(kind, error, trace, otherwise=sys.excepthook):
     """A DataError that reaches the top of a script is one line and exit code 2; all else keeps its traceback."""
     if not issubclass(kind, DataError):
         return otherwise(kind, error, trace)
-    if error.one_rank or os.environ.get('RANK', '0') == '0':
+    if error.one_rank or os.environ.get('RANK', '') in ('', '0'):
         print(error, file=sys.stderr)
     else:
         time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then

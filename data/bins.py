@@ -149,7 +149,7 @@ class Bins:
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
-        self.state = self._codec_state(index)
+        self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
     def _codec_state(self, index: dict) -> dict:

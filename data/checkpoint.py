@@ -1,6 +1,7 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
+import errno
 import itertools
 import os
 import tempfile
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data import DataError
+from data import DataError, lock
 
 NAMES = ('ckpt.pt', 'last.pt')  # best or latest; and whatever is newer than it
 
@@ -36,8 +37,9 @@ def save(path: str, checkpoint: dict) -> None:
             os.remove(path + '.tmp')
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
         kept = '; the one that stood there is intact' if os.path.exists(path) else ''
-        raise DataError(f'{path} could not be written ({cause}){kept}: free some space or choose another --out_dir',
-                        one_rank=True) from e
+        full = getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', None))
+        raise DataError(f'{path} could not be written ({cause}){kept}: {"free some space or " if full else ""}choose '
+                        'another --out_dir', one_rank=True) from e
 
 
 def _tensors(value) -> list[torch.Tensor]:
@@ -104,6 +106,9 @@ def load(path: str, mmap: bool = False) -> dict:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
     if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
+    for name, t in checkpoint['model'].items():
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() and not t.abs().max().isfinite():
+            raise DataError(f'{path}: {name} holds NaN or infinity, its run had failed before it was saved{hint}')
     return checkpoint
 
 
@@ -133,12 +138,15 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
     return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
 
 
-def differences(checkpoint: dict, config: dict) -> list[str]:
-    """What a run's options say otherwise than the checkpoint it resumes, a line each; the shape is the file's."""
+def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
+    """What a run's options and its data, known by sha256 sums, say otherwise than the checkpoint it resumes, a line
+    each; the shape is the file's."""
     shape = {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
     lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
              for key, value in shape.items() if value != config[key]]
-    silent = (*shape, 'init_from', 'out_dir', 'eval_only')
+    silent, known = (*shape, 'init_from', 'out_dir', 'eval_only'), checkpoint.get('data')
+    if known and digests and known != digests:
+        lines.append(f'resumed on another text: dataset={config["dataset"]} has other sha256 sums than before')
     return lines + [f'resumed with {key}={config[key]}, it was {value}' for key, value in
                     checkpoint.get('config', {}).items() if key not in silent and config.get(key, value) != value]
 
@@ -151,9 +159,9 @@ def earlier(folder: str) -> str:
 
 def claim(folder: str, fresh: bool = False) -> list[str]:
     """
-    Make an out_dir ready for a run: create it, see that it can be written, remove what a killed save left. A fresh run
-    renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken, and so on; their new names are
-    returned. Raises DataError.
+    Make an out_dir ready for a run: create it, see that it can be written and is no other process's, remove what a
+    killed save left. A fresh run renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken,
+    and so on; their new names are returned. Raises DataError.
     """
     names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl')]
     moved = []
@@ -161,6 +169,7 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        lock(folder)
         taken = set(os.listdir(folder))
         tags = (f'.prev{n}' if n > 1 else '.prev' for n in itertools.count(1))
         tag = next(tag for tag in tags if not taken & {stem + tag + ending for stem, ending in names})
@@ -175,10 +184,10 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     return moved
 
 
-def to_resume(folder: str, config: dict, say: Callable = print) -> dict:
+def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:
     """
-    The checkpoint of an out_dir that is further on, for a run with the options `config`; `say` gets a line for each
-    option that differs. Raises ValueError, or DataError if a file is damaged.
+    The checkpoint of an out_dir that is further on, for a run with the options `config` on data with these sha256 sums;
+    `say` gets a line for each difference. Raises ValueError, or DataError if a file is damaged.
     """
     found, wanted = newest(folder), config['block_size']
     if found is None:
@@ -186,7 +195,7 @@ def to_resume(folder: str, config: dict, say: Callable = print) -> dict:
                          '--init_from=scratch')
     if (stored := found['model_args'].get('block_size', wanted)) != wanted:
         raise ValueError(f'block_size={wanted}, but the checkpoint has {stored}: resume with --block_size={stored}')
-    for line in differences(found, config):
+    for line in differences(found, config, digests):
         say(line)
     return found
 

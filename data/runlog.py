@@ -38,12 +38,23 @@ class RunLog:
         record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         with writing(self.path), open(self.path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
-        if self.run and kind == 'eval':
-            self.run.log({k: v for k, v in record.items() if k in ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')})
+        if kind == 'eval':
+            sent = ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')
+            self._wandb('log', {k: v for k, v in record.items() if k in sent})
 
     def close(self) -> None:
-        if self.run:
-            self.run.finish()
+        self._wandb('finish')
+
+    def _wandb(self, what: str, *values) -> None:
+        """Let wandb do something; if it fails, the run goes on without it."""
+        try:
+            if self.run:
+                getattr(self.run, what)(*values)
+        except Exception as e:  # its process was killed, its disk is full, ...
+            self.run = None
+            with contextlib.suppress(Exception):  # or it would complain again when Python ends
+                sys.modules['wandb'].teardown()
+            print(f'wandb failed ({type(e).__name__}: {" ".join(str(e).split())[:120]}); the run goes on without it')
 
 
 def _before(path: str, resumed_at: int) -> list[str]:

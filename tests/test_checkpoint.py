@@ -276,7 +276,7 @@ def test_newest_is_the_one_further_on(tmp_path):
 def test_claim_removes_what_a_killed_save_left(tmp_path, fresh):
     for name in ('ckpt.pt.tmp', 'last.pt.tmp', 'log.jsonl.tmp', 'notes.tmp'):
         (tmp_path / name).write_bytes(b'half')
-    assert ckpt.claim(str(tmp_path), fresh) == [] and os.listdir(tmp_path) == ['notes.tmp']
+    assert ckpt.claim(str(tmp_path), fresh) == [] and sorted(os.listdir(tmp_path)) == ['notes.tmp', 'run.lock']
 
 
 def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
@@ -284,8 +284,8 @@ def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
     kept = ['ckpt.prev.pt', 'last.prev.pt', 'log.prev.jsonl']
     for name in names:
         (tmp_path / name).write_text(name)
-    assert ckpt.claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == names
-    assert ckpt.claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == kept
+    assert ckpt.claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == [*names, 'run.lock']
+    assert ckpt.claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == [*kept, 'run.lock']
     (tmp_path / 'ckpt.pt').write_text('newer')
     assert ckpt.claim(str(tmp_path), fresh=True) == ['ckpt.prev2.pt']  # nothing earlier is written over
     (tmp_path / 'log.jsonl').write_text('newest')

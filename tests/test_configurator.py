@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import DataError, launched
 from model import GPTConfig
 from tests.conftest import ROOT
 
@@ -684,14 +685,49 @@ def test_a_seed_too_large_for_the_generator(refused, name, seed):
     assert line.startswith(f'seed={seed} must ')
 
 
+TORCHRUN = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'}
+
+
+def under_torchrun(monkeypatch, **changes):
+    """The environment that torchrun would make; None takes a variable away."""
+    for name, value in {**TORCHRUN, **changes}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
 def test_accumulation_steps_that_the_processes_cannot_share(refused, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '3')
+    under_torchrun(monkeypatch, WORLD_SIZE='3')
     assert refused('train.py', '--device=cpu') == [
         'gradient_accumulation_steps=40 must be a multiple of the 3 processes']
 
 
+@pytest.mark.parametrize('value', [None, ''])
+@pytest.mark.parametrize('name', ['LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'])
+def test_half_of_what_torchrun_sets_is_one_line(monkeypatch, name, value):
+    under_torchrun(monkeypatch, **{name: value})
+    with pytest.raises(DataError, match=f'^RANK=0 is set, but not {name}: start several processes with torchrun'):
+        launched()
+
+
+@pytest.mark.parametrize('changes', [{'RANK': '1'}, {'RANK': '-1'}, {'RANK': 'a'}, {'WORLD_SIZE': '0'},
+                                     {'LOCAL_RANK': '1.5'}])
+def test_ranks_that_cannot_be(monkeypatch, changes):
+    under_torchrun(monkeypatch, **changes)
+    with pytest.raises(DataError, match='^RANK=.*, LOCAL_RANK=.*, WORLD_SIZE=.* do not fit together'):
+        launched()
+
+
+def test_ranks(monkeypatch):
+    under_torchrun(monkeypatch, RANK='5', LOCAL_RANK='1', WORLD_SIZE='8')
+    assert launched() == (True, 5, 1, 8)
+    for rank in (None, ''):  # whatever else a scheduler sets
+        under_torchrun(monkeypatch, RANK=rank, WORLD_SIZE='8', LOCAL_RANK='3')
+        assert launched() == (False, 0, 0, 1)
+
+
 def test_all_problems_in_one_list(refused, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '3')
+    under_torchrun(monkeypatch, WORLD_SIZE='3')
     assert refused('train.py', '--batch_size=-1', '--eval_interval=0', '--n_embd=100', '--dtype=bf16',
                    '--init_from=foo', '--device=gpu') == [
         'batch_size=-1 must be at least 1',

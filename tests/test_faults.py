@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+import data
+from data import bins, codec
 from data import checkpoint as ckpt
-from tests.conftest import ROOT, TINY, flags, torchrun
+from tests.conftest import ROOT, TINY, flags, run, torchrun
 from tests.kill_loop import assert_same, ended, kill_loop, latest, records, start, start_ranks, text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and signals')
@@ -51,6 +54,86 @@ def assert_stopped_in_order(out_dir, output):
     assert [r['iter'] for r in records(out_dir)] == list(range(done))
     assert not [name for name in os.listdir(out_dir) if name.endswith('.tmp')]
     return done
+
+
+# -- what was silent ------------------------------------------------------------------------------------------------
+
+def test_a_world_size_alone_changes_nothing(options, tmp_path):
+    """As schedulers and containers set it; RANK may be there and empty."""
+    runs = [{}, {'WORLD_SIZE': '2'}, {'WORLD_SIZE': '2', 'RANK': ''}]
+    for i, env in enumerate(runs):
+        done = run('train.py', *options(out_dir=tmp_path / str(i)), env={**os.environ, **env})
+        assert done.returncode == 0 and ', processes 1\n' in done.stdout, done.stderr
+    assert_same(tmp_path / '0', tmp_path / '1')
+    assert_same(tmp_path / '0', tmp_path / '2')
+
+
+@pytest.mark.parametrize('script', ['train.py', 'bench.py'])
+def test_a_rank_alone_is_one_line(options, script):
+    more = options() if script == 'train.py' else ['--device=cpu', '--real_data=False', '--compile=False']
+    done = run(script, *more, env={**os.environ, 'RANK': '0', 'WORLD_SIZE': '2'})
+    assert done.returncode == 2 and done.stderr == (
+        'RANK=0 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several processes with torchrun, which '
+        'sets them all, or unset RANK for one\n')
+
+
+@pytest.mark.skipif(data.fcntl is None, reason='no locks on Windows')
+@pytest.mark.parametrize('init_from', ['scratch', 'resume'])
+def test_an_out_dir_belongs_to_one_run_until_it_ends(options, tmp_path, init_from):
+    """However it ends: kill -9 gives it back, too."""
+    out, output = str(tmp_path / 'out'), str(tmp_path / 'output')
+    first = start(options(max_iters=10**6, eval_interval=10), output)
+    until(lambda: os.path.exists(os.path.join(out, 'ckpt.pt')))
+    second = start(options(init_from=init_from), f'{output}2')
+    assert ended(second) == 2
+    assert re.fullmatch(rf'out_dir={out} belongs to a run that is going on \(process {first.pid} on .+, since .+\): '
+                        'choose another with --out_dir\n', text(f'{output}2.err'))
+    first.kill()
+    ended(first)
+    assert not os.path.exists(os.path.join(out, 'ckpt.prev.pt')), 'the second one touched nothing'
+    [header] = records(out, 'run')
+    assert header['iter'] == 0
+    assert ended(start(options(init_from='resume', max_iters=latest(out)['iter_num'] + 2), output)) == 0
+
+
+def test_many_runs_started_together(options, tmp_path):
+    """One has the folder, the others say so; nothing is mixed."""
+    outputs = [str(tmp_path / f'output{i}') for i in range(4)]
+    codes = [ended(process) for process in [start(options(max_iters=200), output) for output in outputs]]
+    assert sorted(codes) == [0, 2, 2, 2], [text(f'{output}.err') for output in outputs]
+    assert [r['iter'] for r in records(tmp_path / 'out')] == list(range(200))
+
+
+def test_weights_that_are_not_numbers_are_no_text(options, tmp_path):
+    assert run('train.py', *options()).returncode == 0
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = torch.load(path)
+    for broken in (math.nan, math.inf):
+        checkpoint['model']['transformer.ln_f.weight'][3] = broken
+        torch.save(checkpoint, path)
+        sample = ['sample.py', f'--out_dir={path.parent}', '--device=cpu', '--start=a']
+        for command in (sample, ['train.py', *options(init_from='resume')]):
+            done = run(*command)
+            assert done.returncode == 2 and done.stderr == (
+                f'{path}: transformer.ln_f.weight holds NaN or infinity, its run had failed before it was saved\n')
+    checkpoint['model']['transformer.ln_f.weight'][:] = 3e38  # finite; what the model makes of them is not
+    torch.save(checkpoint, path)
+    done = run(*sample, '--dtype=float32')
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        'the model makes NaN or infinity of the prompt in float32: try --dtype=float32']
+
+
+def test_resuming_on_another_text_is_said(options, dataset, tmp_path):
+    """Of the same characters and as long; also with old checkpoints and bins, which do not know."""
+    assert run('train.py', *options()).returncode == 0
+    other = tmp_path / 'other'
+    ids = {split: np.fromfile(os.path.join(dataset, f'{split}.bin'), np.uint16)[::-1] for split in ('train', 'val')}
+    bins.write(str(other), codec.of_folder(str(dataset)), **{split: [tokens] for split, tokens in ids.items()})
+    said = f'resumed on another text: dataset={other} has other sha256 sums than before'
+    again = options(init_from='resume', max_iters=14)
+    assert said not in run('train.py', *again).stdout
+    done = run('train.py', *again, f'--dataset={other}', '--max_iters=16')
+    assert done.returncode == 0 and said in done.stdout.splitlines()
 
 
 # -- kill -9 --------------------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ def reference(model, idx, uniforms, temperature, top_k, top_p):
     return idx, closest
 
 
+def test_weights_that_are_not_numbers_make_no_tokens():
+    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=1, n_embd=8)).eval()
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    with pytest.raises(ValueError, match='^the model makes NaN or infinity of this text$'):
+        model.generate(torch.zeros(2, 3, dtype=torch.long), 5)
+
+
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('how', [GREEDY, TOP_K, TOP_P], ids=['greedy', 'top_k', 'top_p'])
 @pytest.mark.parametrize('length', [1, 17, BLOCK - 1, BLOCK, 2 * BLOCK])

@@ -4,11 +4,13 @@ import glob
 import json
 import math
 import os
+import sys
 
 import pytest
 
 from data import DataError
 from data.runlog import RunLog
+from tests.conftest import ROOT, run
 
 
 def records(path) -> list[dict]:
@@ -116,6 +118,35 @@ def test_wandb_offline_for_real(path, tmp_path, monkeypatch, request):
     assert [w for w in (b'exact', b'tiny', b'train/loss', b'val/loss', b'lr', b'mfu', b'iter') if w not in raw] == []
     assert b'norm' not in raw
     assert [r['kind'] for r in records(path)] == ['run', 'train', 'eval']
+
+
+WANDB_DIES = """
+import glob, os, signal, sys, time
+sys.path.insert(0, os.getcwd())
+from data.runlog import RunLog
+log = RunLog(sys.argv[1], {}, wandb={'project': 'exact', 'name': 'tiny'})
+log.write('eval', iter=0, lr=1.0)
+for stat in glob.glob('/proc/[0-9]*/stat'):
+    pid, parent = open(stat).read().rsplit(')', 1)[0].split()[0], open(stat).read().rsplit(')', 1)[1].split()[1]
+    if int(parent) == os.getpid():
+        os.kill(int(pid), signal.SIGKILL)
+time.sleep(1)
+for i in range(1, 4):
+    log.write('eval', iter=i, lr=1.0)
+    time.sleep(0.2)
+log.close()
+print('the end')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs Linux')
+def test_wandb_that_dies_costs_one_line(path, tmp_path):
+    pytest.importorskip('wandb')
+    done = run(sys.executable, '-c', WANDB_DIES, str(path), cwd=ROOT, env={**os.environ, 'WANDB_DIR': str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.endswith('the end\n'), done.stderr
+    assert done.stdout.count('the run goes on without it') == 1 and 'Traceback' not in done.stderr
+    assert [r['iter'] for r in records(path) if r['kind'] == 'eval'] == [0, 1, 2, 3]
 
 
 def test_a_line_cut_before_its_end_does_not_swallow_the_next(logged, path):
