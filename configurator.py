@@ -25,7 +25,8 @@ import tokenize
 import traceback
 
 _script, _first_rank = os.path.abspath(__file__), os.environ.get('RANK', '') in ('', '0')
-_mistakes = []
+_mistakes, _BOOLS = [], {'true': True, 'false': False, '1': True, '0': False}
+_USUAL = {'lr': 'learning_rate', 'wd': 'weight_decay', 'iters': 'max_iters', 'epochs': 'max_iters'}  # elsewhere
 
 
 # -- for the script to use ------------------------------------------------------------------------------------------
@@ -127,10 +128,8 @@ def _convert(key, value):
     try:
         if kind is str and text is not None:
             return str(text)
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is bool and text is not None and text.lower() in ('true', 'false'):
-            return text.lower() == 'true'
+        if kind is bool and (type(value) in (bool, int) and value in (0, 1) or (text or '').lower() in _BOOLS):
+            return bool(value) if text is None else _BOOLS[text.lower()]
         if kind is int and (value is None or text == 'None'):
             return 0  # top_k=None: off
         if kind in (int, float) and not isinstance(value, bool):
@@ -168,8 +167,9 @@ def _run_file(name):
     if path is None:
         if '=' in name and name.split('=')[0] in config:
             return need(False, f'{_shown(name)}: write --{_shown(name)}')
-        option = _nearest(name, 0.85)
+        option, there = _nearest(name, 0.85), os.path.join('config', name)
         hint = f'; an option is set with --{option}=value' if option else '; options are written --key=value'
+        hint = f'; did you mean {there}?' if os.path.isfile(os.path.join(os.path.dirname(_script), there)) else hint
         return need(False, f'{_shown(name)}: no such config file{hint}')
     scope = {**config, '__file__': os.path.abspath(path), '__name__': 'config'}
     try:
@@ -191,7 +191,7 @@ def _run_file(name):
             except ValueError as e:
                 need(False, f'{where}: {e}')
         elif key not in config and key[0] != '_' and not callable(value) and not isinstance(value, type(sys)):
-            if near := _nearest(key, 0.85):
+            if not isinstance(value, (tuple, list, dict)) and (near := _nearest(key, 0.85)):
                 need(False, f'{where}: unknown option {key}, did you mean {near}?')
             elif _first_rank:
                 print(f'note: {where}: {key} is no option of {os.path.basename(_script)}, ignored')
@@ -208,7 +208,7 @@ def _run_words(words):
         if not equals and words and not words[0].startswith('--'):
             equals, text = ' ', words.pop(0)
         if key not in config:
-            near = _nearest(key, 0.6)
+            near = _USUAL[key] if _USUAL.get(key) in config else _nearest(key, 0.6)
             need(False, f'unknown option --{_shown(key)}; {f"did you mean --{near}?" if near else "--help lists them"}')
         elif not equals:
             need(False, f'--{key} needs a value: --{key}={_shown(type(config[key]) is bool or config[key])}')
@@ -241,7 +241,7 @@ def _show_help():
 config = {_key: _value for _key, _value in globals().items()
           if _key[0] != '_' and isinstance(_value, (bool, int, float, str))}
 if hasattr(sys.stdout, 'reconfigure'):
-    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that lacks a character ends no run
+    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)  # any character anywhere, each line at once
 if any(_word == '--help' or (_word == '-h' and not re.fullmatch('--[^=]+', _before))
        for _before, _word in zip(['', *sys.argv[1:]], sys.argv[1:])):
     _show_help()

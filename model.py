@@ -268,7 +268,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, dropout: float | None = None) -> 'GPT':
         """The model of a train.py checkpoint, on the CPU; dropout replaces the stored one. ValueError if misfit."""
-        stored = checkpoint['model_args']
+        stored = {'dropout': 0.0, 'bias': True, **checkpoint['model_args']}  # older files have neither
         names = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
         if set(stored) != names:
             raise ValueError(f'model_args should hold {sorted(names)}; it holds {sorted(map(str, stored))}')

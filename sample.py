@@ -52,7 +52,7 @@ need(0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63')
 device, dtype = resolve(device, dtype)
 if start.startswith('FILE:'):
     try:
-        with open(start[5:], encoding='utf-8') as f:
+        with open(start[5:], encoding='utf-8-sig') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         need(False, f'start=FILE:{start[5:]}: {getattr(e, "strerror", None) or "is not UTF-8"}')
@@ -68,7 +68,7 @@ try:
             fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: {ckpt.earlier(out_dir)}train first, or try '
                  '--init_from=gpt2')
         checkpoint = ckpt.load(path, mmap=True)
-        print(f'{path}: {checkpoint["iter_num"]} updates')
+        print(f'{path}: {checkpoint.get("iter_num", "an unknown number of")} updates')
         with fast.loading() if fast else contextlib.nullcontext():
             model = GPT.from_checkpoint(checkpoint)
         if 'codec' in checkpoint:
@@ -90,20 +90,22 @@ model.eval().to(device, number_format)
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 
-if not start:
+if not start or (start == '\n' and tokenizer.name != 'gpt2'):
     start = codec.END_OF_TEXT if tokenizer.name == 'gpt2' else '\n' if '\n' in tokenizer.chars else tokenizer.chars[0]
 ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')
 ids = ids[-model.config.block_size:].tolist()
 # memory: keys and values of every token, and about 12 C values for each that a block reads at once: of the prompt, or,
-# past block_size, of a window
+# past block_size, of a window; ids and random numbers
 C, block_size, total = model.config.n_embd, model.config.block_size, len(ids) + max_new_tokens
 window = block_size if total > block_size else len(ids)
 needed = (2 * model.config.n_layer * min(block_size, total) + 12 * window) * C * num_samples * number_format.itemsize
+needed += 24 * num_samples * max_new_tokens
 free = free_memory(device)
 if needed > free:
-    fail(f'num_samples={num_samples} need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: take fewer')
+    fail(f'num_samples={num_samples} of max_new_tokens={max_new_tokens} need {needed / 1e9:.1f} GB of memory, '
+         f'{free / 1e9:.1f} GB are free: take fewer')
 prompt = torch.tensor(ids, device=device).expand(num_samples, -1)  # (num_samples, T)
 with torch.inference_mode():
     if not model(prompt[:1])[0].isfinite().all():

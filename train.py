@@ -18,16 +18,15 @@ import contextlib
 import math
 import os
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as ckpt
-from data import launched, unlock
+from data import launched, leave, unlock
 from data.bins import Bins, draw
-from data.runlog import RunLog, Stopwatch, versions
+from data.runlog import RunLog, Stopwatch, speaker, versions
 from model import GPT, PUBLISHED, GPTConfig
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -74,7 +73,8 @@ on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tes
 
 ddp, rank, local_rank, world_size = launched()
 master = rank == 0  # the process that prints, logs and saves
-say = print if master else lambda *words: None
+signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
+say = speaker(lambda: signals.append(signal.SIGPIPE)) if master else lambda *words: None
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
 need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
@@ -286,11 +286,12 @@ def save(name):
             os.remove(os.path.join(out_dir, 'last.pt'))
 
 
-def leave_together():
-    """End the process group, all ranks at once: gloo's threads must be done before Python itself ends."""
+def leave_together(status=0):
+    """End the process group, all ranks at once; with a message or a status other than 0 also the process."""
     if ddp:
         dist.barrier()
         dist.destroy_process_group()
+    leave(status, at_once=ddp and backend == 'gloo')
 
 
 def check_finite(*losses):
@@ -301,12 +302,8 @@ def check_finite(*losses):
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
         at = bad[0] if bad else iter_num - 1
-        leave_together()
-        sys.exit(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
-                 f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
-
-
-signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
+        leave_together(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
+                       f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
 
 
 def on_signal(number, frame):

@@ -22,3 +22,5 @@ max_iters = 1000
 lr_decay_iters = 1000
 warmup_iters = 50
 compile = False
+wandb_project = 'pydoc-char'
+wandb_run_name = 'tiny'

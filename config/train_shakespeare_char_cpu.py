@@ -28,3 +28,5 @@ warmup_iters = 100
 
 device = 'cpu'
 compile = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'tiny-cpu'

@@ -12,6 +12,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+FULL = errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)  # errors that some space would mend
 _locks = {}  # by path: the open files whose locks this process holds
 
 
@@ -32,7 +33,7 @@ def writing(*paths: str):
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', None)):
+        if e.errno not in FULL:
             raise
         for path in paths:
             with contextlib.suppress(OSError):
@@ -56,6 +57,8 @@ def lock(folder: str) -> None:
                             '--out_dir') from None
         except OSError:
             pass
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return lock(folder)  # its owner ended in between, and took the file away
         file.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}', end='', file=file, flush=True)
         _locks[path] = file
@@ -63,7 +66,10 @@ def lock(folder: str) -> None:
 
 def unlock(folder: str) -> None:
     """Give the folder back, if this process has it."""
-    if file := _locks.pop(os.path.realpath(os.path.join(folder, 'run.lock')), None):
+    path = os.path.realpath(os.path.join(folder, 'run.lock'))
+    if file := _locks.pop(path, None):
+        with contextlib.suppress(OSError):
+            os.remove(path)
         file.close()
 
 
@@ -89,8 +95,32 @@ def launched() -> tuple[bool, int, int, int]:
                     'processes with torchrun'.format_map(os.environ), one_rank=True)
 
 
+def nobody_reads() -> None:
+    """After a BrokenPipeError, as by `| head`: what is printed from now on goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave(status=0, at_once: bool = False) -> None:
+    """
+    End the process with a status, or with a message and 1; with 0 it goes on. at_once: also then, and without Python's
+    own end, in which a thread of gloo may let go of its last Python object, and that aborts the process.
+    """
+    if at_once:
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if isinstance(status, str) else status)
+    if status:
+        sys.exit(status)
+
+
 def _say(kind, error, trace, otherwise=sys.excepthook):
-    """A DataError that reaches the top of a script is one line and exit code 2; all else keeps its traceback."""
+    """What reaches the top of a script: a DataError is one line and exit code 2, an output that nobody reads any more a
+    quiet end, with the code of tools that SIGPIPE ends; all else keeps its traceback."""
+    if issubclass(kind, BrokenPipeError):
+        nobody_reads()
+        raise SystemExit(141)
     if not issubclass(kind, DataError):
         return otherwise(kind, error, trace)
     if error.one_rank or os.environ.get('RANK', '') in ('', '0'):

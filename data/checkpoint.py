@@ -1,7 +1,6 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
-import errno
 import itertools
 import os
 import tempfile
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data import DataError, lock
+from data import FULL, DataError, lock
 
 NAMES = ('ckpt.pt', 'last.pt')  # best or latest; and whatever is newer than it
 
@@ -37,9 +36,9 @@ def save(path: str, checkpoint: dict) -> None:
             os.remove(path + '.tmp')
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
         kept = '; the one that stood there is intact' if os.path.exists(path) else ''
-        full = getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', None))
-        raise DataError(f'{path} could not be written ({cause}){kept}: {"free some space or " if full else ""}choose '
-                        'another --out_dir', one_rank=True) from e
+        space = 'free some space or ' if getattr(cause, 'errno', None) in FULL else ''
+        raise DataError(f'{path} could not be written ({cause}){kept}: {space}choose another --out_dir',
+                        one_rank=True) from e
 
 
 def _tensors(value) -> list[torch.Tensor]:
@@ -80,7 +79,10 @@ def load(path: str, mmap: bool = False) -> dict:
     hint = f'; {spare[0]} stands beside it, move this one away to use that' if spare and name in NAMES else ''
     try:
         if not zipfile.is_zipfile(path):
-            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{hint}')
+            with open(path, 'rb') as f:
+                pickled = f.read(1) == b'\x80'
+            old = '; if torch.load reads it, save it again: before torch 1.6 the format was another' if pickled else ''
+            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{old}{hint}')
         with zipfile.ZipFile(path) as z:
             stored = {entry.CRC for entry in z.infolist() if '/data/' in entry.filename}
             for entry in z.infolist():  # the pickle before anything is built from it
@@ -95,6 +97,9 @@ def load(path: str, mmap: bool = False) -> dict:
     except DataError:
         raise
     except Exception as e:  # a broken file raises nearly anything
+        if 'numpy' in str(e):
+            raise DataError(f'{path} was written with numpy scalars: load it where it was made, turn them into plain '
+                            'numbers, save it again') from e
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
@@ -104,7 +109,7 @@ def load(path: str, mmap: bool = False) -> dict:
             'best_val_loss': lambda v: type(v) in (int, float) or isinstance(v, torch.Tensor) and v.ndim == 0}
     if wrong := [k for k, right in fits.items() if k in checkpoint and not right(checkpoint[k])]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
-    if missing := [k for k in ('model', 'model_args', 'iter_num') if k not in checkpoint]:
+    if missing := [k for k in ('model', 'model_args') if k not in checkpoint]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
     for name, t in checkpoint['model'].items():
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() and not t.abs().max().isfinite():
@@ -114,8 +119,10 @@ def load(path: str, mmap: bool = False) -> dict:
 
 def newest(folder: str) -> dict | None:
     """The checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
-    there = [path for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)]
-    return max(map(load, there), key=lambda checkpoint: checkpoint['iter_num'], default=None)
+    found = {path: load(path) for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)}
+    if path := next((path for path, checkpoint in found.items() if 'iter_num' not in checkpoint), None):
+        raise DataError(f'{path} has no iter_num: sample.py can use it, but no run can go on from it')
+    return max(found.values(), key=lambda checkpoint: checkpoint['iter_num'], default=None)
 
 
 def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:

@@ -28,7 +28,7 @@ def read_text(path: str, url: str | None = None, sha256: str | None = None) -> t
     """
     if not os.path.exists(path):
         import torch  # the download checks the hash before the file gets its name
-        print(f'fetching {url}')
+        print(f'fetching {url}', flush=True)
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
         except Exception as e:  # HTTP status, no network, cut short, wrong hash, disk

@@ -9,7 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from data import writing
+from data import nobody_reads, writing
+
+
+def speaker(hung_up: Callable[[], None]) -> Callable:
+    """print(); where nobody reads it any more, as after `| head`, hung_up() is called once and nothing more is said."""
+    def say(*words) -> None:
+        try:
+            print(*words)
+        except BrokenPipeError:
+            nobody_reads()
+            hung_up()
+    return say
 
 
 class RunLog:

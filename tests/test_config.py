@@ -127,10 +127,10 @@ BABY = dict(
 CONFIGS = {  # what differs from the defaults of train.py; all else stays
     'train_shakespeare_char': BABY,
     'train_shakespeare_char_cpu': {
-        **BABY, **LAPTOP, 'out_dir': 'out-shakespeare-char-cpu', 'wandb_project': 'owt', 'wandb_run_name': 'gpt2'},
+        **BABY, **LAPTOP, 'out_dir': 'out-shakespeare-char-cpu', 'wandb_run_name': 'tiny-cpu'},
     'train_pydoc_char': {
-        **BABY, **LAPTOP, 'out_dir': 'out-pydoc-char', 'dataset': 'pydoc_char', 'wandb_project': 'owt',
-        'wandb_run_name': 'gpt2', 'log_interval': 10, 'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50,
+        **BABY, **LAPTOP, 'out_dir': 'out-pydoc-char', 'dataset': 'pydoc_char', 'wandb_project': 'pydoc-char',
+        'wandb_run_name': 'tiny', 'log_interval': 10, 'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50,
         'learning_rate': 4e-3, 'device': 'auto'},
     'train_gpt2': dict(
         wandb_log=True, wandb_project='owt', wandb_run_name='gpt2-124M', batch_size=12, block_size=1024,
@@ -191,7 +191,7 @@ def test_laptop_config_is_the_command_of_the_readme(options):
     flags = [f'--{key}={value}' for key, value in LAPTOP.items()]
     typed_out = options('train.py', 'config/train_shakespeare_char.py', *flags)
     config = options('train.py', 'config/train_shakespeare_char_cpu.py')
-    assert {k for k in config if config[k] != typed_out[k]} == {'out_dir', 'wandb_project', 'wandb_run_name'}
+    assert {k for k in config if config[k] != typed_out[k]} == {'out_dir', 'wandb_run_name'}
 
 
 def test_gpt2_config_is_half_a_million_tokens_a_step(options):

@@ -317,7 +317,7 @@ MISTAKES = [
     (['--learning_rate=None'], '--learning_rate=None: learning_rate takes a float'),
     (['--learning_rate=True'], '--learning_rate=True: learning_rate takes a float'),
     (['--learning_rate=' + '9' * 400], '--learning_rate=' + '9' * 77 + '...: learning_rate takes a float'),
-    (['--compile=1'], '--compile=1: compile takes True or False'),
+    (['--compile=2'], '--compile=2: compile takes True or False'),
     (['--compile=no'], '--compile=no: compile takes True or False'),
     (['--compile='], '--compile=: compile takes True or False'),
     (['--compile=None'], '--compile=None: compile takes True or False'),
@@ -475,7 +475,8 @@ def test_a_mistake_in_a_config_of_the_repo(toy):
     ('learning_rate = True', 'line 1: learning_rate=True: learning_rate takes a float'),
     ('learning_rate = None', 'line 1: learning_rate=None: learning_rate takes a float'),
     ('learning_rate = (1, 2)', 'line 1: learning_rate=(1, 2): learning_rate takes a float'),
-    ('compile = 1', 'line 1: compile=1: compile takes True or False'),
+    ('compile = 2', 'line 1: compile=2: compile takes True or False'),
+    ('compile = 1.0', 'line 1: compile=1.0: compile takes True or False'),
     ('compile = "yes"', 'line 1: compile=yes: compile takes True or False'),
     ('dataset = 3', 'line 1: dataset=3: dataset takes a str'),
     ('dataset = None', 'line 1: dataset=None: dataset takes a str'),
@@ -491,8 +492,6 @@ def test_a_mistake_in_a_config_of_the_repo(toy):
     ('bais = True', 'line 1: unknown option bais, did you mean bias?'),
     ('datasets = "owt"', 'line 1: unknown option datasets, did you mean dataset?'),
     ('topk = None', 'line 1: unknown option topk, did you mean top_k?'),
-    ('datasets = ["owt"]', 'line 1: unknown option datasets, did you mean dataset?'),
-    ('dropouts = (0.1, 0.2)', 'line 1: unknown option dropouts, did you mean dropout?'),
     # an exception is one line: file, line, error
     ('seed = 1\n\n1 / 0', 'line 3: ZeroDivisionError: division by zero'),
     ('seed = undefined', "line 1: NameError: name 'undefined' is not defined"),
@@ -610,7 +609,10 @@ def refused(script, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize('name, argument, message', [
     ('train.py', '--batchsize=2', 'unknown option --batchsize; did you mean --batch_size?'),
-    ('train.py', '--lr=1', 'unknown option --lr; --help lists them'),
+    ('train.py', '--lr=1', 'unknown option --lr; did you mean --learning_rate?'),
+    ('sample.py', '--lr=1', 'unknown option --lr; --help lists them'),
+    ('train.py', 'train_pydoc_char.py', 'train_pydoc_char.py: no such config file; did you mean '
+     'config/train_pydoc_char.py?'),
     ('train.py', '--n_layers=2', 'unknown option --n_layers; did you mean --n_layer?'),
     ('train.py', '--max_iters=1e3.5', '--max_iters=1e3.5: max_iters takes an int'),
     ('train.py', '--compile', '--compile needs a value: --compile=True'),
@@ -700,6 +702,18 @@ def test_accumulation_steps_that_the_processes_cannot_share(refused, monkeypatch
     under_torchrun(monkeypatch, WORLD_SIZE='3')
     assert refused('train.py', '--device=cpu') == [
         'gradient_accumulation_steps=40 must be a multiple of the 3 processes']
+
+
+@pytest.mark.parametrize('body', ['datasets = ["owt"]', 'dropouts = (0.1, 0.2)', 'betas = (0.9, 1.0)', 'seeds = {}'])
+def test_a_helper_that_can_be_no_option_is_a_note(toy, body):
+    toy(toy.file(f'{body}\nseed = 3'))
+    assert f'line 1: {body.split()[0]} is no option of toy.py, ignored' in toy.out
+
+
+@pytest.mark.parametrize('word, value', [('0', False), ('1', True), ('TRUE', True), ('False', False)])
+def test_truth_as_a_word_or_a_number(toy, word, value):
+    assert toy(f'--bias={word}')['bias'] is value
+    assert toy(toy.file(f'bias = {word.capitalize() if word.isalpha() else word}'))['bias'] is value
 
 
 @pytest.mark.parametrize('value', [None, ''])

@@ -136,6 +136,41 @@ def test_resuming_on_another_text_is_said(options, dataset, tmp_path):
     assert done.returncode == 0 and said in done.stdout.splitlines()
 
 
+# -- what a person sees ---------------------------------------------------------------------------------------------
+
+def test_lines_leave_when_they_are_made(options):
+    """Also into a pipe, as of `| tee log`."""
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}
+    process = subprocess.Popen([sys.executable, TRAIN, *options(max_iters=10**6, eval_interval=10**6)], text=True,
+                               stdout=subprocess.PIPE, env=env)
+    try:
+        assert any(line.startswith('step 0: ') for line in process.stdout) and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def piped(command: str) -> subprocess.CompletedProcess:
+    """A command of bash whose last line of output is the exit code of the first part of its pipe."""
+    command = ['bash', '-c', f'{command}; echo ${{PIPESTATUS[0]}}']
+    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+
+
+def test_head_ends_a_training_in_order(options, tmp_path):
+    words = ' '.join(options(max_iters=10**6, eval_interval=10**6))
+    done = piped(f'{sys.executable} {TRAIN} {words} | head -50')
+    assert done.stdout.splitlines()[-1] == '0' and done.stderr == ''
+    assert latest(tmp_path / 'out')['iter_num'] == updates_logged(tmp_path / 'out') > 0
+
+
+def test_head_ends_other_scripts_quietly(options, tmp_path):
+    assert run('train.py', *options()).returncode == 0
+    sample = f'{os.path.join(ROOT, "sample.py")} --out_dir={tmp_path}/out --device=cpu --start=a --num_samples=2000'
+    done = piped(f'{sys.executable} {sample} --max_new_tokens=50 | head -2')
+    assert done.stdout.splitlines()[-1] == '141' and done.stderr == ''
+
+
 # -- kill -9 --------------------------------------------------------------------------------------------------------
 
 def test_kill_loop(tmp_path):

@@ -132,6 +132,30 @@ def test_a_prompt_file_that_cannot_be_read(sample, chars, tmp_path, content, pro
 
 # -- options ----------------------------------------------------------------------------------------------------------
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(sample, chars, tmp_path):
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfab')
+    assert sample(start=f'FILE:{tmp_path}/prompt.txt', num_samples=1).text == sample(start='ab', num_samples=1).text
+
+
+def test_the_default_prompt_of_an_alphabet_without_newline(sample, out_dir):
+    store(out_dir, build(4), codec.CharCodec('ACGT'))
+    assert all(text[0] == 'A' for text in sample(num_samples=2).samples)
+
+
+def test_what_only_resuming_needs_may_be_missing(sample, out_dir, chars):
+    """And what older files do not have: dropout, bias."""
+    path = out_dir / 'ckpt.pt'
+    wanted, stored = sample().text, torch.load(path)
+    kept = {key: stored[key] for key in ('model', 'model_args', 'config', 'codec')}
+    assert stored['model_args']['bias'] and stored['model_args']['dropout'] == 0.0
+    for name in ('dropout', 'bias'):
+        del kept['model_args'][name]
+    torch.save(kept, path)
+    assert sample().text == wanted
+    with pytest.raises(DataError, match=f'^{path} has no iter_num: sample.py can use it, but no run can go on from it'):
+        ckpt.newest(str(out_dir))
+
+
 def test_an_unknown_character_is_named(sample, chars):
     with pytest.raises(DataError, match=r"character 'Z' is not among the 12 known ones: '\\n abcdefghij'"):
         sample(start='abZ')
@@ -201,12 +225,14 @@ def test_stream_prints_what_comes_at_the_end_otherwise(sample, chars, monkeypatc
 
 def test_what_cannot_fit_is_said_before_it_starts(sample, chars, monkeypatch):
     for length, need in (7, 16 * 2 * 2 * 7 + 12 * 16), (20, 16 * 2 * 2 * 8 + 12 * 16 * 8):  # past block_size it reads 8
-        need = need * 4 * 3  # bytes, for three samples
+        need = (need * 4 + 24 * (length - 1)) * 3  # bytes, for three samples
         monkeypatch.setattr('os.sysconf', lambda name, free=need: free if name == 'SC_AVPHYS_PAGES' else 1)
         assert sample(num_samples=3, max_new_tokens=length - 1).code == 0
         monkeypatch.setattr('os.sysconf', lambda name, free=need - 1: free if name == 'SC_AVPHYS_PAGES' else 1)
         done = sample(num_samples=3, max_new_tokens=length - 1)
-        assert done.code == 2 and 'num_samples=3 need 0.0 GB of memory, 0.0 GB are free: take fewer' in done.err
+        assert done.code == 2 and done.err.endswith(
+            f'num_samples=3 of max_new_tokens={length - 1} need 0.0 GB of memory, 0.0 GB are free: take fewer\n')
+    assert 'need 240000.0 GB of memory' in sample(max_new_tokens=10**13, num_samples=1).err
 
 
 def test_all_problems_in_one_list(sample, chars):

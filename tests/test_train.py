@@ -55,7 +55,7 @@ def records(out_dir, kind: str) -> list[dict]:
 
 
 def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'run.lock'}
 
 
 def iters(done) -> list[int]:
@@ -459,7 +459,7 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
     done = train(on_step=poison, log_interval=4, eval_interval=100, max_iters=20, lr_decay_iters=20)
     lr = 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * 3 / 18))
     assert re.match(rf'iter 5: gradient norm nan, .*lr {lr:.3e}', str(done.code)), done.code
-    assert iters(done) == [0, 4] and sorted(os.listdir(out_dir)) == ['log.jsonl']
+    assert iters(done) == [0, 4] and list(contents(out_dir)) == ['log.jsonl']
 
 
 def test_a_signal_in_the_last_update_changes_nothing(train, out_dir):
