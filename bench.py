@@ -51,7 +51,7 @@ prompt_tokens = 16  # mode=sample
 max_new_tokens = 256  # mode=sample
 top_k = 200  # mode=sample
 vocab_size = 50304  # mode=sample: 65 is that of the Shakespeare configs; 50304 draws among GPT-2's 50257
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 at_least(1, 'warmup_steps', 'steps', 'batch_size', 'block_size', 'prompt_tokens', 'max_new_tokens', 'vocab_size',
          'gradient_accumulation_steps')
@@ -142,7 +142,7 @@ def time_train() -> tuple[float, int]:
                 profiler.stop()
             raise Enough(model)
 
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.realpath(__file__))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         source = dataset
         if not real_data:

@@ -1,7 +1,7 @@
 """
 Options from config files and the command line. Not imported: a script executes this file in its own namespace,
 
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+    exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 after it has assigned its options, and they change in place. An option is a module-level name without a leading
 underscore whose value is a bool, int, float or str; the type of its default is its type.
@@ -24,7 +24,7 @@ import time
 import tokenize
 import traceback
 
-_script, _first_rank = os.path.abspath(__file__), os.environ.get('RANK', '') in ('', '0')
+_script, _first_rank = os.path.realpath(__file__), os.environ.get('RANK', '') in ('', '0')
 _mistakes, _BOOLS = [], {'true': True, 'false': False, '1': True, '0': False}
 _USUAL = {'lr': 'learning_rate', 'wd': 'weight_decay', 'iters': 'max_iters', 'epochs': 'max_iters'}  # elsewhere
 

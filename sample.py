@@ -41,7 +41,7 @@ seed = 1337  # sample i follows from (seed, i), whatever the number of samples
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
 dtype = 'auto'  # float32, bfloat16 or float16; auto takes the fast one that the device computes in natively
 compile = False  # with fast.py: compile steps past block_size, on a CPU all; takes a minute, pays for many tokens
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 at_least(1, 'num_samples', 'max_new_tokens')
 need(0 <= temperature < math.inf,
@@ -75,7 +75,7 @@ try:
             tokenizer = codec.from_state(checkpoint['codec'])
         else:  # an older file: the dataset folder knows
             folder = str(checkpoint.get('config', {}).get('dataset', ''))
-            tokenizer = codec.of_folder(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', folder))
+            tokenizer = codec.of_folder(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'data', folder))
     else:
         model = GPT.from_pretrained(init_from)
 except OSError as e:

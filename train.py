@@ -22,6 +22,7 @@ import signal
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from data import checkpoint as ckpt
 from data import launched, leave, unlock
@@ -66,7 +67,7 @@ dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where the hardware 
 compile = True  # torch.compile the model; where that cannot work, training goes on without
 seed = 1337  # everything random follows from it and the step
 # applies config files and --key=value; defines config, need, at_least, note_mistakes, resolve, end_if_wrong, fail
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
 
 # -- 1 check the options; the machine: ranks, device, precision, seed -----------------------------------------------
@@ -262,7 +263,10 @@ def evaluate():
     rows = min(max(fit, batch_size), -(-count // world_size))
     for split in ('train', 'val'):
         sums[split] = torch.zeros((), device=device)
-        for x, y, n in bins.eval_batches(split, count, rows, rank, world_size):
+        batches = bins.eval_batches(split, count, rows, rank, world_size)
+        # on a terminal, and if it takes long, with a bar
+        for x, y, n in tqdm(batches, f'evaluating {split}', -(-count // (rows * world_size)), leave=False, delay=2,
+                            disable=None if master else True):
             with autocast():
                 sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()

@@ -585,6 +585,7 @@ print(os.environ['GOMP_SPINCOUNT'], torch.get_num_threads())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/loadavg'), reason='needs Linux')
 @pytest.mark.parametrize('quota, threads', [('50000 100000', 1), ('100000 100000', 1), ('99900000 100000', None),
                                             ('max 100000', None)])
@@ -597,6 +598,7 @@ def test_as_many_threads_as_the_container_may_use(tmp_path, quota, threads):
     assert int(done.stdout.split()[1]) == (threads or int(plain.stdout)), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/loadavg'), reason='needs Linux')
 def test_threads_do_not_spin_where_other_programs_want_the_cores():
     env = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'}

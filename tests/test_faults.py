@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def assert_stopped_in_order(out_dir, output):
 
 # -- what was silent ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_world_size_alone_changes_nothing(options, tmp_path):
     """As schedulers and containers set it; RANK may be there and empty."""
     runs = [{}, {'WORLD_SIZE': '2'}, {'WORLD_SIZE': '2', 'RANK': ''}]
@@ -104,6 +106,7 @@ def test_many_runs_started_together(options, tmp_path):
     assert [r['iter'] for r in records(tmp_path / 'out')] == list(range(200))
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_are_no_text(options, tmp_path):
     assert run('train.py', *options()).returncode == 0
     path = tmp_path / 'out' / 'ckpt.pt'
@@ -123,6 +126,7 @@ def test_weights_that_are_not_numbers_are_no_text(options, tmp_path):
         'the model makes NaN or infinity of the prompt in float32: try --dtype=float32']
 
 
+@pytest.mark.slow
 def test_resuming_on_another_text_is_said(options, dataset, tmp_path):
     """Of the same characters and as long; also with old checkpoints and bins, which do not know."""
     assert run('train.py', *options()).returncode == 0
@@ -151,6 +155,37 @@ def test_lines_leave_when_they_are_made(options):
         process.stdout.close()
 
 
+@pytest.mark.slow
+def test_scripts_run_through_a_link(options, tmp_path):
+    for name in ('train.py', 'sample.py'):
+        os.symlink(os.path.join(ROOT, name), tmp_path / name)
+    done = run(sys.executable, str(tmp_path / 'train.py'), *options())
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, str(tmp_path / 'sample.py'), f'--out_dir={tmp_path}/out', '--device=cpu', '--start=a')
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_long_evaluation_has_a_bar_on_a_terminal(options):
+    import fcntl
+    import pty
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, TRAIN, *options(eval_iters=10**5, max_iters=1)], stdout=subprocess.PIPE,
+                               stderr=theirs)
+    os.close(theirs)
+    seen = b''
+    try:
+        while not re.search(rb'evaluating train: +\d+%.+\d+/\d+', seen):
+            seen += os.read(ours, 1000)  # OSError if the process ends
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        os.close(ours)
+
+
 def piped(command: str) -> subprocess.CompletedProcess:
     """A command of bash whose last line of output is the exit code of the first part of its pipe."""
     command = ['bash', '-c', f'{command}; echo ${{PIPESTATUS[0]}}']
@@ -164,6 +199,7 @@ def test_head_ends_a_training_in_order(options, tmp_path):
     assert latest(tmp_path / 'out')['iter_num'] == updates_logged(tmp_path / 'out') > 0
 
 
+@pytest.mark.slow
 def test_head_ends_other_scripts_quietly(options, tmp_path):
     assert run('train.py', *options()).returncode == 0
     sample = f'{os.path.join(ROOT, "sample.py")} --out_dir={tmp_path}/out --device=cpu --start=a --num_samples=2000'

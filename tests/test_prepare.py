@@ -257,6 +257,41 @@ def test_openwebtext_from_local_parquet(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_openwebtext_from_an_odd_folder(folder, tmp_path):
+    """Of a name that is a pattern, with null texts; or without texts, or with a single one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    need_gpt2()
+    here = folder('openwebtext')
+    tables = {'data[1]': {'text': ['a', None, 'b']}, 'other': {'content': ['a', 'b']}, 'one': {'text': ['a']}}
+    for name, table in tables.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(table), tmp_path / name / 'part[0].parquet')
+        done = openwebtext(here, tmp_path / 'home', str(tmp_path / name))
+        if name == 'data[1]':
+            assert done.returncode == 0, done.stderr
+            ids = [np.fromfile(here / f'{split}.bin', '<u2').tolist() for split in ('train', 'val')]
+            assert sorted(ids[0] + ids[1]) == [64, 65, EOT, EOT, EOT]
+        else:
+            last = done.stderr.splitlines()[-1]
+            assert done.returncode == 2 and last.startswith(f'{tmp_path / name}') and 'Traceback' not in done.stderr
+            assert ('need a column `text`' in last) == (name == 'other'), last
+
+
+def test_a_dataset_that_is_a_link(folder, tmp_path):
+    """The folder lies elsewhere; the script runs by its path through the link, and after `cd` through it."""
+    here = folder('pydoc_char')
+    elsewhere = tmp_path / 'elsewhere'
+    shutil.move(here, elsewhere)
+    os.symlink(elsewhere, here)
+    done = run(sys.executable, str(here / 'prepare.py'))
+    assert done.returncode == 0 and (elsewhere / 'train.bin').exists(), done.stderr
+    os.remove(elsewhere / 'train.bin')
+    done = run('sh', '-c', f'cd {here} && {sys.executable} prepare.py')
+    assert done.returncode == 0 and (elsewhere / 'train.bin').exists(), done.stderr
+
+
+@pytest.mark.slow
 def test_openwebtext_is_the_same_when_run_twice(folder, tmp_path):
     need_gpt2()
     parquet(tmp_path / 'parquet', [f'document {i}' * (i % 7) for i in range(4000)])

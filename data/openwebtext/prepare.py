@@ -15,9 +15,11 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the repo; with links, it may also stand here:
+sys.path += [os.path.dirname(os.path.dirname(path)) for path in (os.path.realpath(HERE), os.environ.get('PWD', HERE))]
 import numpy as np  # noqa: E402
 from datasets import load_dataset  # noqa: E402
+from datasets.exceptions import DatasetGenerationError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import DataError, bins, codec  # noqa: E402
@@ -28,8 +30,8 @@ gpt2 = codec.GPT2Codec()
 
 
 def tokens_of(texts: list[str]) -> np.ndarray:
-    """Ids of some documents, each with its end-of-text."""
-    return np.concatenate([np.append(gpt2.encode(text), np.uint16(gpt2.end_of_text)) for text in texts])
+    """Ids of some documents, each with its end-of-text; null is an empty one."""
+    return np.concatenate([np.append(gpt2.encode(text or ''), np.uint16(gpt2.end_of_text)) for text in texts])
 
 
 def tokenized(documents, pool, title):
@@ -51,10 +53,17 @@ def tokenized(documents, pool, title):
 if __name__ == '__main__':
     gpt2.encode('')  # if the tokenizer cannot be had, that should be known before the download
     if sys.argv[1:]:
-        files = sorted(glob.glob(os.path.join(sys.argv[1], '**', '*.parquet'), recursive=True))
+        files = sorted(glob.glob(os.path.join(glob.escape(sys.argv[1]), '**', '*.parquet'), recursive=True))
         if not files:
             raise DataError(f'no *.parquet below {sys.argv[1]}')
-        documents = load_dataset('parquet', data_files=files, split='train', columns=['text'])
+        try:
+            documents = load_dataset('parquet', data_files=[glob.escape(file) for file in files], split='train',
+                                     columns=['text'])
+        except (ValueError, DatasetGenerationError) as e:
+            why = str(e.__cause__ or e).splitlines()[0]
+            raise DataError(f'{sys.argv[1]}: its parquet files need a column `text` ({why})') from e
+        if len(documents) < 2:
+            raise DataError(f'{sys.argv[1]} holds {len(documents)} documents: it takes two, to train and to validate')
     else:  # main holds a loading script, which datasets no longer runs; this pull request holds its text as parquet
         try:
             documents = load_dataset('Skylion007/openwebtext', revision='refs/pr/18', split='train')
