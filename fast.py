@@ -217,7 +217,7 @@ class FusedLoss(GPT):
             return super().score(x, targets)
         x, head, kind = self.transformer.ln_f(x), self.lm_head, x.device.type
         weight, total = (head.weight16, head.weight.grad) if type(head) is AddingLinear else (head.weight, None)
-        if torch.is_autocast_enabled(kind):
+        if total is None and torch.is_autocast_enabled(kind):
             weight = weight.to(torch.get_autocast_dtype(kind))
         return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
 

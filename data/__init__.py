@@ -58,7 +58,8 @@ def lock(folder: str) -> None:
         except OSError:
             pass
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return lock(folder)  # its owner ended in between, and took the file away
+            file.close()  # its owner ended in between, and took the file away
+            return lock(folder)
         file.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}', end='', file=file, flush=True)
         _locks[path] = file
