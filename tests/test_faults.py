@@ -70,7 +70,7 @@ def test_a_world_size_alone_changes_nothing(options, tmp_path):
     assert_same(tmp_path / '0', tmp_path / '2')
 
 
-@pytest.mark.parametrize('script', ['train.py', 'bench.py'])
+@pytest.mark.parametrize('script', ['train.py', pytest.param('bench.py', marks=pytest.mark.slow)])
 def test_a_rank_alone_is_one_line(options, script):
     more = options() if script == 'train.py' else ['--device=cpu', '--real_data=False', '--compile=False']
     done = run(script, *more, env={**os.environ, 'RANK': '0', 'WORLD_SIZE': '2'})
@@ -80,7 +80,7 @@ def test_a_rank_alone_is_one_line(options, script):
 
 
 @pytest.mark.skipif(data.fcntl is None, reason='no locks on Windows')
-@pytest.mark.parametrize('init_from', ['scratch', 'resume'])
+@pytest.mark.parametrize('init_from', ['scratch', pytest.param('resume', marks=pytest.mark.slow)])
 def test_an_out_dir_belongs_to_one_run_until_it_ends(options, tmp_path, init_from):
     """However it ends: kill -9 gives it back, too."""
     out, output = str(tmp_path / 'out'), str(tmp_path / 'output')
@@ -192,6 +192,7 @@ def piped(command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=90)
 
 
+@pytest.mark.slow
 def test_head_ends_a_training_in_order(options, tmp_path):
     words = ' '.join(options(max_iters=10**6, eval_interval=10**6))
     done = piped(f'{sys.executable} {TRAIN} {words} | head -50')

@@ -278,6 +278,7 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
             assert ('need a column `text`' in last) == (name == 'other'), last
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_a_link(folder, tmp_path):
     """The folder lies elsewhere; the script runs by its path through the link, and after `cd` through it."""
     here = folder('pydoc_char')
