@@ -110,7 +110,7 @@ def _read_index(folder: str, prepare: str) -> dict:
         with open(path, encoding='utf-8') as f:
             index = json.load(f)
     except FileNotFoundError:
-        if any(name.endswith('.tmp') for name in os.listdir(folder)):
+        if {f'{name}.tmp' for name in ('train.bin', 'val.bin', 'meta.pkl', 'bins.json')} & set(os.listdir(folder)):
             raise DataError(f'{folder} is half-written (it holds .tmp files): run {prepare}') from None
         state = codec.of_folder(folder)
         return {'tokenizer': state.name, 'vocab_size': state.vocab_size, 'dtype': 'uint16', 'splits': {}}
@@ -145,6 +145,7 @@ class Bins:
             folder = os.path.relpath(folder)  # shorter in messages
         self.folder, self.block_size = folder, block_size
         self.prepare = f'python {os.path.join(folder, "prepare.py")}'
+        self.mend = f'run {self.prepare} again; or, if another program wrote the file, remove bins.json'
         if not os.path.isdir(folder):
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, self.prepare)
@@ -160,7 +161,7 @@ class Bins:
             raise DataError(f'{path} is missing: run {self.prepare} again')
         with open(path, 'rb') as f:
             if index.get('meta_sha256') not in (None, hashlib.sha256(f.read()).hexdigest()):
-                raise DataError(f'{path} is not the file that bins.json describes: run {self.prepare} again')
+                raise DataError(f'{path} is not the file that bins.json describes: {self.mend}')
         chars = codec.read_meta(path)
         if chars.vocab_size != self.vocab_size:
             raise DataError(f'{path} has {chars.vocab_size} characters, not {self.vocab_size}: '
@@ -177,15 +178,13 @@ class Bins:
             raise DataError(f'{path} is damaged, {size:,} bytes are no multiple of {width}: run {self.prepare} again')
         entry = index['splits'].get(split, {'tokens': size // width, 'sha256': None})
         if size // width != entry['tokens']:
-            raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: '
-                            f'run {self.prepare} again')
+            raise DataError(f'{path} has {size // width:,} tokens, bins.json says {entry["tokens"]:,}: {self.mend}')
         if entry['tokens'] < self.block_size + 1:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
         tokens = np.memmap(path, DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
-            raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): '
-                            f'run {self.prepare} again')
+            raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

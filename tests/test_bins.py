@@ -44,6 +44,9 @@ def refusal(folder, block_size: int = 8) -> str:
     return str(e.value)
 
 
+OTHERWISE = '; or, if another program wrote the file, remove bins.json'
+
+
 def edit_index(folder, **changes) -> None:
     path = os.path.join(folder, 'bins.json')
     with open(path, encoding='utf-8') as f:
@@ -164,7 +167,7 @@ def test_missing_odd_and_short_bins(tmp_path, split, old):
     assert refusal(tmp_path) == f'{path} is missing: {again}'
     path.touch()
     short = f'{path} has 0 tokens; block_size=8 needs 9: take a smaller --block_size or more text'
-    assert refusal(tmp_path) == (short if old else f'{path} has 0 tokens, bins.json says 100: {again} again')
+    assert refusal(tmp_path) == (short if old else f'{path} has 0 tokens, bins.json says 100: {again} again{OTHERWISE}')
 
 
 def test_a_split_must_hold_one_sequence_and_its_targets(tmp_path):
@@ -183,7 +186,7 @@ def test_another_number_of_tokens_than_bins_json_says(tmp_path):
     with open(tmp_path / 'val.bin', 'ab') as f:
         f.write(b'\0\0')
     assert refusal(tmp_path) == (f'{tmp_path}/val.bin has 201 tokens, bins.json says 200: '
-                                 f'run python {tmp_path}/prepare.py again')
+                                 f'run python {tmp_path}/prepare.py again{OTHERWISE}')
     os.truncate(tmp_path / 'val.bin', 398)
     assert refusal(tmp_path).startswith(f'{tmp_path}/val.bin has 199 tokens, bins.json says 200: ')
 
@@ -197,7 +200,7 @@ def test_a_flipped_bit(tmp_path, name):
         (tmp_path / name).write_bytes(flipped)
         assert refusal(tmp_path) == (
             f'{tmp_path}/{name} is not the file that bins.json describes'
-            f'{"" if name == "meta.pkl" else " (sha256 differs)"}: run python {tmp_path}/prepare.py again')
+            f'{"" if name == "meta.pkl" else " (sha256 differs)"}: run python {tmp_path}/prepare.py again{OTHERWISE}')
     (tmp_path / name).write_bytes(raw)
     Bins(str(tmp_path), 8)
 
@@ -244,6 +247,8 @@ def test_an_unfinished_dataset(tmp_path, finished):
 
 def test_a_half_written_folder_of_an_older_script(tmp_path):
     legacy(tmp_path, range(100), range(100), vocab_size=100)
+    (tmp_path / 'notes.tmp').touch()
+    Bins(str(tmp_path), 8)
     (tmp_path / 'val.bin.tmp').touch()
     assert refusal(tmp_path) == f'{tmp_path} is half-written (it holds .tmp files): run python {tmp_path}/prepare.py'
 
