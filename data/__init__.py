@@ -43,14 +43,15 @@ def writing(*paths: str):
 
 def lock(folder: str) -> None:
     """
-    Make the folder this process's own until unlock() or its end, however it ends; DataError if it is another's. Not on
-    Windows, nor where the file system has no locks.
+    Make the folder this process's own until unlock() or its end, however it ends; DataError if it is another's, OSError
+    if it cannot be written. On Windows, and where the file system has no locks, it only says who is there.
     """
     path = os.path.realpath(os.path.join(folder, 'run.lock'))
-    if fcntl and path not in _locks:
+    if path not in _locks:
         file = open(path, 'a+', encoding='utf-8')
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise DataError(f'out_dir={folder} belongs to a run that is going on ({file.read()}): choose another with '

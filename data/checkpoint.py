@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -57,13 +56,14 @@ def _checksums(value) -> set[int]:
 
 
 def _plain(value) -> bool:
-    """Whether a value holds dicts, lists, scalars, text and dense tensors only."""
+    """Whether a value holds dicts, lists, scalars, text and tensors only, each element of which has its own place."""
     if isinstance(value, dict):
         return all(type(k) in (str, int) and _plain(v) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     if isinstance(value, torch.Tensor):
-        return value.layout == torch.strided and value.device.type == 'cpu'
+        return (value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
+                and not value.is_complex() and torch.empty_like(value, device='meta').stride() == value.stride())
     return value is None or type(value) in (bool, int, float, str)
 
 
@@ -105,8 +105,9 @@ def load(path: str, mmap: bool = False) -> dict:
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
     fits = {**dict.fromkeys(('model', 'model_args', 'config'), lambda v: isinstance(v, dict) and all(
                 type(name) is str for name in v)),
-            'iter_num': lambda v: type(v) is int and v >= 0,
-            'best_val_loss': lambda v: type(v) in (int, float) or isinstance(v, torch.Tensor) and v.ndim == 0}
+            'iter_num': lambda v: type(v) is int and 0 <= v < 1 << 62,
+            'best_val_loss': lambda v: type(v) is float or type(v) is int and abs(v) < 1 << 62 or (
+                isinstance(v, torch.Tensor) and v.ndim == 0)}
     if wrong := [k for k, right in fits.items() if k in checkpoint and not right(checkpoint[k])]:
         raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
     if missing := [k for k in ('model', 'model_args') if k not in checkpoint]:
@@ -174,8 +175,6 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     moved = []
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
         lock(folder)
         taken = set(os.listdir(folder))
         tags = (f'.prev{n}' if n > 1 else '.prev' for n in itertools.count(1))

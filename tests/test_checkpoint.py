@@ -126,8 +126,13 @@ def test_a_zip_of_something_else(tmp_path):
     ({**example(), 'more': torch.eye(3).to_sparse()}, 'not a checkpoint'),
     ({**example(), 'more': torch.zeros(3, device='meta')}, 'not a checkpoint'),
     ({**example(), 'more': {(1, 2): 3}}, 'not a checkpoint'), ({**example(), 'more': {1, 2}}, 'not a checkpoint'),
-    ({**example(), 'more': np.float64(1)}, 'was written with numpy scalars')],
-    ids=['list', 'tensor', 'empty', 'no model_args', 'sparse', 'meta', 'tuple key', 'set', 'numpy'])
+    ({**example(), 'more': np.float64(1)}, 'was written with numpy scalars'),
+    ({**example(), 'more': torch.zeros(1).expand(4)}, 'not a checkpoint'),
+    ({**example(), 'more': torch.zeros(9).as_strided((4, 4), (1, 1))}, 'not a checkpoint'),
+    ({**example(), 'more': torch.zeros(2, dtype=torch.complex64)}, 'not a checkpoint'),
+    ({**example(), 'more': torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)}, 'not a checkpoint')],
+    ids=['list', 'tensor', 'empty', 'no model_args', 'sparse', 'meta', 'tuple key', 'set', 'numpy', 'expanded',
+         'overlapping', 'complex', 'quantized'])
 def test_other_contents_are_no_checkpoint(tmp_path, content, named):
     torch.save(content, tmp_path / 'ckpt.pt')
     assert named in refusal(tmp_path / 'ckpt.pt')
@@ -230,6 +235,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('wrong', [dict(best_val_loss=[1]), dict(best_val_loss=None), dict(best_val_loss=torch.ones(2)),
                                    dict(model={1: torch.ones(2)}), dict(iter_num=-5), dict(iter_num=True),
+                                   dict(iter_num=10**30), dict(best_val_loss=10**400),
                                    dict(model_args={3: 4})], ids=str)
 def test_a_value_of_another_kind(tmp_path, wrong):
     torch.save({**example(), **wrong}, tmp_path / 'ckpt.pt')
