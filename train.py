@@ -74,7 +74,7 @@ on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tes
 
 ddp, rank, local_rank, world_size = launched()
 master = rank == 0  # the process that prints, logs and saves
-signals = []  # the first SIGTERM or SIGINT asks for an orderly end, a second one has its usual effect
+signals = []  # SIGTERM, SIGINT or an output that nobody reads ask for an orderly end, a second signal ends at once
 say = speaker(lambda: signals.append(signal.SIGPIPE)) if master else lambda *words: None
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
