@@ -68,7 +68,6 @@ try:
             fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: {ckpt.earlier(out_dir)}train first, or try '
                  '--init_from=gpt2')
         checkpoint = ckpt.load(path, mmap=True)
-        print(f'{path}: {checkpoint.get("iter_num", "an unknown number of")} updates')
         with fast.loading() if fast else contextlib.nullcontext():
             model = GPT.from_checkpoint(checkpoint)
         if 'codec' in checkpoint:
@@ -82,6 +81,8 @@ except OSError as e:
     fail(str(e))
 except ValueError as e:
     fail(*e.args)
+if init_from == 'resume':
+    print(f'{path}: {checkpoint.get("iter_num", "an unknown number of")} updates')
 vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')

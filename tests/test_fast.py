@@ -587,8 +587,7 @@ print(os.environ['GOMP_SPINCOUNT'], torch.get_num_threads())
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/loadavg'), reason='needs Linux')
-@pytest.mark.parametrize('quota, threads', [('50000 100000', 1), ('100000 100000', 1), ('99900000 100000', None),
-                                            ('max 100000', None)])
+@pytest.mark.parametrize('quota, threads', [('50000 100000', 1), ('99900000 100000', None)])
 def test_as_many_threads_as_the_container_may_use(tmp_path, quota, threads):
     """A quota of more than there are cores counts as none."""
     (tmp_path / 'cpu.max').write_text(quota + '\n')

@@ -258,12 +258,12 @@ def test_openwebtext_from_local_parquet(folder, tmp_path):
 
 @pytest.mark.slow
 def test_openwebtext_from_an_odd_folder(folder, tmp_path):
-    """Of a name that is a pattern, with null texts; or without texts, or with a single one."""
+    """Of a name that is a pattern, with null texts; or without texts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     need_gpt2()
     here = folder('openwebtext')
-    tables = {'data[1]': {'text': ['a', None, 'b']}, 'other': {'content': ['a', 'b']}, 'one': {'text': ['a']}}
+    tables = {'data[1]': {'text': ['a', None, 'b']}, 'other': {'content': ['a', 'b']}}
     for name, table in tables.items():
         (tmp_path / name).mkdir()
         pq.write_table(pa.table(table), tmp_path / name / 'part[0].parquet')
@@ -275,7 +275,7 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
         else:
             last = done.stderr.splitlines()[-1]
             assert done.returncode == 2 and last.startswith(f'{tmp_path / name}') and 'Traceback' not in done.stderr
-            assert ('need a column `text`' in last) == (name == 'other'), last
+            assert 'need a column `text`' in last
 
 
 @pytest.mark.slow
