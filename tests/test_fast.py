@@ -488,6 +488,7 @@ def test_threads_soon_stop_spinning(given, spins):
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
+@pytest.mark.slow
 def test_loading_builds_a_model_without_initial_values():
     """And without the modules that the meta device imports for random numbers, which take a second."""
     done = run(sys.executable, '-c', """

@@ -139,6 +139,7 @@ def test_resuming_on_another_text_is_said(options, dataset, tmp_path):
 
 # -- what a person sees ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_lines_leave_when_they_are_made(options):
     """Also into a pipe, as of `| tee log`."""
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}

@@ -226,6 +226,7 @@ def openwebtext(here, home, *arguments):
     return run(sys.executable, str(here / 'prepare.py'), *arguments, env=env)
 
 
+@pytest.mark.slow
 def test_openwebtext_from_local_parquet(folder, tmp_path):
     need_gpt2()
     rng = random.Random(0)
