@@ -21,7 +21,7 @@ Which part gains what: how much longer things take without it (all figures, mach
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
-    FusedLoss on a CPU                      with GPT-2's vocabulary: 86%, and a third more memory
+    FusedLoss on a CPU, kept memory         together, with GPT-2's vocabulary: 86%, and a third more memory
     AddingEmbeddings, loading               2 s of compiling before the first update; a second when sample.py starts
 """
 

@@ -56,6 +56,22 @@ def test_a_file_of_torch_before_1_6_is_named_for_what_it_is(tmp_path):
         'if torch.load reads it, save it again: before torch 1.6 the format was another')
 
 
+def test_weights_that_are_infinite_are_refused(tmp_path):
+    checkpoint = example()
+    checkpoint['model']['lm_head.weight'].view(-1)[1] = -math.inf
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    assert 'transformer.wte.weight holds NaN or infinity' in refusal(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('before, now, said', [
+    ({'train': 'a'}, {'train': 'b'}, True), ({'train': 'a'}, {'train': 'a'}, False),
+    (None, {'train': 'b'}, False), ({'train': 'a'}, {}, False)])
+def test_another_text_is_a_difference_where_both_are_known(before, now, said):
+    checkpoint = {**example(), **({'data': before} if before else {})}
+    lines = ckpt.differences(checkpoint, {**checkpoint['config'], 'dataset': 'd'}, now)
+    assert ('resumed on another text: dataset=d has other sha256 sums than before' in lines) == said
+
+
 def test_what_is_saved_comes_back(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     ckpt.save(path, example())
