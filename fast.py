@@ -26,8 +26,10 @@ Which part gains what: how much longer things take without it (all figures, mach
 """
 
 import contextlib
+import ctypes
 import gc
 import os
+import threading
 
 gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
 with contextlib.suppress(OSError, ValueError):  # Linux
@@ -36,8 +38,10 @@ with contextlib.suppress(OSError, ValueError):  # Linux
     os.environ.setdefault('GOMP_SPINCOUNT', '0' if running > os.cpu_count() else '10000')
     quota, period = map(int, open('/sys/fs/cgroup/cpu.max').read().split())  # of a container; 'max' if there is none
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(quota // period, len(os.sched_getaffinity(0))))))
+with contextlib.suppress(OSError):  # where there is CUDA; its driver starts while torch is imported
+    threading.Thread(target=ctypes.CDLL('libcuda.so.1').cuInit, args=(0,)).start()
+    os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # a pool of processes is ready after the few kernels
 
-import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -59,22 +63,22 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: keep up 
     for option in (-3, -1):  # given back to the system comes again page by page (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
         ctypes.CDLL(None).mallopt(option, 1 << 30)
 
+properties = functools.cache(torch.cuda.get_device_properties)  # asking torch each time takes as long as a launch
 left_out: set[str] = set()  # parts to do without, by name: bench.py --without=... measures what each of them gains
 
 
 # -- training: parts that take the place of plain ones ----------------------------------------------------------------
 
 def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> bool:
-    """
-    Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `flat`, and on
+    """Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `flat`, and on
     CUDA, all gradients become slices of one tensor, and True is returned: the caller then sets gradients to zero, never
-    to None, and uses the other functions for training, too.
-    """
+    to None, and uses the other functions for training, too."""
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
-    wanted = {DelayedSums: cuda and compiled and 'FusedLoss' not in left_out, AddingEmbeddings: cuda and flat,
-              BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or (cuda and compiled) or triton_works(device),
-              CPUDropout: cpu, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
+    kernels = (cuda and compiled) or triton_works(device)
+    wanted = {DelayedSums: cuda and compiled and 'FusedLoss' not in left_out, AddingEmbeddings: flat and kernels,
+              BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels, CPUDropout: cpu, CPUAttention: cpu,
+              PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
     # the loss has nothing to be fused with; finding that out would take the compiler seconds
     model.cross_entropy = torch.compiler.disable(FusedCrossEntropy.apply) if compiled else FusedCrossEntropy.apply
@@ -141,9 +145,8 @@ class CPUAttention(CausalSelfAttention):
 
 
 class GELUByPolynomial(torch.autograd.Function):
-    """The exact GELU, x Phi(x), in 16 bits. A GPU computes erf more slowly than it reads and writes x, so 1 - Phi(|x|)
-    is a power of two whose exponent is a polynomial: relative error below 1e-5 up to |x| = 6, where 1 + erf has no
-    digit left. torch.compile makes one kernel of each pass."""
+    """The exact GELU, x Phi(x), for 16 bits. erf takes longer than reading and writing x, so 1 - Phi(|x|) is a power of
+    two, its exponent a polynomial: relative error below 1e-5 up to |x| = 6, where 1 + erf has no digit left."""
 
     @staticmethod
     def upper_tail(z: torch.Tensor) -> torch.Tensor:
@@ -193,9 +196,8 @@ class FusedCrossEntropy(torch.autograd.Function):
                 loss.copy_(F.nll_loss(log_p, target, ignore_index=-1, reduction='none'))
                 part.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(loss, -1)[:, None]))
                 part[target == -1] = 0
-        n = (targets != -1).sum().view(1)
+        ctx.total, n = total, (targets != -1).sum().view(1)
         ctx.save_for_backward(logits, x, weight, n)
-        ctx.total = total
         return losses.sum() / n[0]
 
     @staticmethod
@@ -211,14 +213,13 @@ class FusedLoss(GPT):
     """GPT, whose score() is FusedCrossEntropy where there are targets; it has no logits left to return."""
 
     def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if isinstance(x, tuple):  # of a DelayedBlock
-            x = x[0] + x[1]
+        x = x[0] + x[1] if isinstance(x, tuple) else x  # two tensors of a DelayedBlock
         if targets is None or (x.is_cpu and targets.numel() * self.lm_head.out_features < 1 << 23):  # 32 MB of logits
             return super().score(x, targets)
         x, head, kind = self.transformer.ln_f(x), self.lm_head, x.device.type
-        weight, total = (head.weight16, head.weight.grad) if type(head) is AddingLinear else (head.weight, None)
-        if total is None and torch.is_autocast_enabled(kind):
-            weight = weight.to(torch.get_autocast_dtype(kind))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        adds = type(head) is AddingLinear
+        weight, total = (head.weight16, head.weight.grad) if adds else (head.weight.to(dtype), None)
         return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
 
 
@@ -240,9 +241,8 @@ def exchange_gradients(model: GPT) -> None:
 
 
 # Autograd would write the gradient of a weight in 16 bits, cast it and add it to .grad: three times the traffic of one
-# matmul that adds. So Linears read a copy of their weight in 16 bits, made once an update, and add to weight.grad
-# themselves. A LayerNorm without bias before a Linear is folded into that copy; finish_gradients() tells their
-# gradients apart, once an update and not in every micro-step.
+# matmul that adds. So Linears read a copy of their weight in 16 bits, made once an update, and add to weight.grad. A
+# LayerNorm without bias before a Linear is folded into that copy; finish_gradients() tells their gradients apart.
 
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -317,12 +317,15 @@ class EmbedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, idx: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(idx)
-        ctx.totals = wte.grad, wpe.grad[:idx.size(1)]
-        return torch.add(wte[idx], wpe[:idx.size(1)], out=wte.new_empty(*idx.shape, wte.size(1), dtype=dtype))
+        ctx.totals, (V, C) = (wte.grad, wpe.grad[:idx.size(1)]), wte.shape
+        x = wte.new_empty(*idx.shape, C, dtype=dtype)
+        embed_kernel[idx.numel(),](idx, wte, wpe, x, idx.size(1), V, C, triton.next_power_of_2(C))
+        return x
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None, None]:
-        ctx.totals[0].index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).float())
+        idx, C, grad = ctx.saved_tensors[0], grad.size(2), grad.contiguous()
+        embed_backward_kernel[idx.numel(),](idx, grad, ctx.totals[0], C, triton.next_power_of_2(C))
         ctx.totals[1].add_(grad.sum(0, dtype=torch.float32))
         return None, None, None, None
 
@@ -337,7 +340,7 @@ class AddingEmbeddings(GPT):
         return parts.drop(EmbedRows.apply(idx, parts.wte.weight, parts.wpe.weight, dtype))
 
 
-# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+# -- CUDA graphs, and generation --------------------------------------------------------------------------------------
 
 def captured(function: Callable, device: torch.device, warm: int = 1) -> Callable:
     """The function, which after `warm` calls is replayed as one CUDA graph: tensors given to it are copied into the
@@ -365,8 +368,6 @@ def captured(function: Callable, device: torch.device, warm: int = 1) -> Callabl
     return call
 
 
-# -- generation -------------------------------------------------------------------------------------------------------
-
 class loading(torch.overrides.TorchFunctionMode):
     """While active, modules skip initial values, as weights replace them; on the meta device those cost a second."""
 
@@ -383,17 +384,15 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     if any(type(block) is not Block or type(block.attn) is not CausalSelfAttention for block in model.transformer.h):
         return (yield from model.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size, uniforms))
     (B, T), S, device = idx.shape, model.config.block_size, idx.device
-    if uniforms is None:
-        uniforms = torch.rand(B, max_new_tokens)
-    u = F.pad(uniforms.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
+    u = torch.rand(B, max_new_tokens) if uniforms is None else uniforms
+    u = F.pad(u.to(device).T, (0, 0, T, 0))  # (T + max_new_tokens, B), like the ids
     out = F.pad(idx.long(), (0, max_new_tokens)).T.contiguous()
     at = torch.tensor([T - 1], device=device)  # where in `out` the last token stands
     kernels, size = triton_works(device) and 'token_kernels' not in left_out, min(S, T + max_new_tokens)
     caches = [GraphCache(size) if kernels else KVCache(size) for _ in model.transformer.h]
-    forward = model.forward
-    if compiled:
-        # matrix-vector products as fused reductions: they reach the memory's speed only when tuned
-        forward = torch.compile(forward, options={'coordinate_descent_tuning': True} if device.type == 'cuda' else None)
+    # matrix-vector products as fused reductions: they reach the memory's speed only when tuned
+    options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
+    forward = torch.compile(model.forward, options=options) if compiled else model.forward
 
     def put(logits: torch.Tensor) -> None:
         at.add_(1)
@@ -480,17 +479,12 @@ class OneDNNLinear(nn.Linear):
 @functools.cache
 def triton_works(device: torch.device) -> bool:
     """Whether Triton can be used on this device: it needs CUDA and, among other things, a C compiler."""
-    if not triton or device.type != 'cuda':
-        return False
     try:
         x = torch.ones(1, device=device)
         norm_kernel[1,](x, None, None, x, 1, 1, OVERLAP=False)
+        return x.is_cuda
     except Exception:
         return False
-    return True
-
-
-properties = functools.cache(torch.cuda.get_device_properties)  # asking torch each time takes as long as a launch
 
 
 def launch_options(device: torch.device) -> dict:
@@ -504,20 +498,18 @@ def draw_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: i
     """sample_ids, by two CUDA kernels where there is no top_p."""
     if temperature < 1e-20 or top_p < 1 or not triton_works(logits.device) or 'draw_ids' in left_out:
         return sample_ids(logits, u, temperature, top_k, top_p)
-    (B, V), lowest_bit = logits.shape, 16 if logits.dtype == torch.bfloat16 else 0
-    G = triton.cdiv(V, 16)
+    (B, V), G, options = logits.shape, triton.cdiv(logits.size(1), 16), launch_options(logits.device)
     ids, tops = torch.empty_like(u, dtype=torch.long), u.new_empty(B, G)
     groups, kept = torch.empty_like(tops, dtype=torch.int32), u.new_empty(B, 16 * G)
-    tops_kernel[B, triton.cdiv(G, 256)](logits, tops, logits.stride(0), V, G, **launch_options(logits.device))
+    tops_kernel[B, triton.cdiv(G, 256)](logits, tops, logits.stride(0), V, G, **options)
     sample_kernel[B,](logits, u, ids, tops, groups, kept, logits.stride(0), V, G, min(top_k or V, V), 1 / temperature,
-                      lowest_bit, num_warps=16, **launch_options(logits.device))
+                      16 * (logits.dtype == torch.bfloat16), num_warps=16, **options)
     return ids
 
 
 def attend_token(qkv: torch.Tensor, kv: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Store the keys and values of a token; attend to all so far: (B, 1, 3, nh, hs) -> (B, 1, nh, hs)."""
-    B, _, _, nh, hs = qkv.shape
-    y = qkv.new_empty(B, 1, nh, hs)
+    (B, _, _, nh, hs), y = qkv.shape, torch.empty_like(qkv[:, :, 0])
     span, warps = (256, 8) if B * nh < 100 else (32, 2)  # timed on an H100
     attend_kernel[B, nh](qkv, kv, y, at, kv.size(3), nh, hs ** -0.5, hs, triton.next_power_of_2(hs), span,
                          num_warps=warps, **launch_options(qkv.device))
@@ -526,22 +518,20 @@ def attend_token(qkv: torch.Tensor, kv: torch.Tensor, at: torch.Tensor) -> torch
 
 def linear_token(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = None, gelu: str = '',
            add: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    add + GELU(layer(norm(x))), x: (B, 1, K) -> (B, 1, N), each part where it is given; may overwrite add. One CUDA
-    kernel for one or two sequences, whose time is that of reading the weight; for more, torch's matmul.
-    """
+    """add + GELU(layer(norm(x))), (B, 1, K) -> (B, 1, N), each part where it is given; may overwrite add. For one or
+    two sequences one CUDA kernel, whose time is that of reading the weight; for more, torch's matmul."""
     (N, K), B, wide = layer.weight.shape, len(x), triton.next_power_of_2(layer.in_features)
+    options = launch_options(x.device)
     if B <= 2:
         y, rows = x.new_empty(B, 1, N), max(1, 4096 // wide)
         each = max(1, 32768 // (rows * wide))  # programs for a multiprocessor; timed on an H200
         programs = min(triton.cdiv(N, rows), each * properties(x.device).multi_processor_count)
         linear_kernel[programs, B](x, layer.weight, layer.bias, norm and norm.weight, norm and norm.bias, add, y, N, K,
-                                   wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)),
-                                   **launch_options(x.device))
+                                   wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **options)
         return y
     if norm:
         y = torch.empty_like(x)
-        norm_kernel[B,](x, norm.weight, norm.bias, y, K, wide, num_warps=4, **launch_options(x.device))
+        norm_kernel[B,](x, norm.weight, norm.bias, y, K, wide, num_warps=4, **options)
         x = y
     if add is not None and layer.bias is None:
         return add.view(B, N).addmm_(x.view(B, K), layer.weight.t()).view(B, 1, N)
@@ -563,9 +553,19 @@ if triton:
         return tl.load(values + at, mask=at < n, other=-float('inf'), eviction_policy=hint).to(tl.float32)
 
     @triton.jit
-    def exp_less(x, bound):
-        """exp(x - bound), from a power of two and a multiply-add."""
-        return tl.exp2(x * 1.4426950408889634 - bound * 1.4426950408889634)
+    def embed_kernel(idx, wte, wpe, x, T, V, C, WIDE: tl.constexpr):
+        """wte[idx] + wpe[:T], a row of it; NaN for an unknown id."""
+        row, k = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+        id = tl.load(idx + row)
+        token = tl.load(wte + id * C + k, (k < C) & (id >= 0) & (id < V), float('nan'))
+        tl.store(x + row * C + k, token + tl.load(wpe + row % T * C + k, k < C), k < C)
+
+    @triton.jit
+    def embed_backward_kernel(idx, grad, total, C, WIDE: tl.constexpr):
+        """Add a row's gradient to that of its token."""
+        row, k = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+        more = tl.load(grad + row * C + k, k < C).to(tl.float32)
+        tl.atomic_add(total + tl.load(idx + row) * C + k, more, k < C, sem='relaxed')
 
     @triton.jit
     def loss_kernel(logits, targets, losses, stride, V, LANES: tl.constexpr):
@@ -574,18 +574,18 @@ if triton:
         logits, target = logits + row * stride, tl.load(targets + row)
         known, wanted = (target >= 0) & (target < V), target != -1
         hit = tl.load(logits + target, known, float('nan')).to(tl.float32)  # the loss of an unknown id is NaN
-        # each lane's softmax so far; exp_less of two powers of two, where a lane has seen nothing, does not round
+        # each lane's softmax so far, from a finite number on: -inf less -inf would be NaN
         top, total = tl.full((LANES,), -2.0 ** 100, tl.float32), tl.zeros((LANES,), tl.float32)
         for s in range(0, V, 8 * LANES):
             x = read(logits, s + i, V, 'evict_last')  # it is read again
             new = tl.maximum(top, tl.max(x, 1))
-            total, top = total * exp_less(top, new) + tl.sum(exp_less(x, new[:, None]), 1), new
+            total, top = total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), 1), new
         most = tl.max(top, 0)
         whole = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
         tl.store(losses + row, tl.where(wanted, whole - hit, 0.0))
         whole = tl.where(wanted, whole, float('inf'))
         for s in range(0, V, 8 * LANES):
-            grad = exp_less(read(logits, s + i, V, 'evict_first'), whole)
+            grad = tl.exp(read(logits, s + i, V, 'evict_first') - whole)
             tl.store(logits + s + i, grad, s + i < V, eviction_policy='evict_first')
         tl.debug_barrier()  # another thread may have stored this one
         tl.store(logits + target, tl.exp(hit - whole) - 1, known)
@@ -639,8 +639,8 @@ if triton:
     @triton.jit
     def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
                       SPAN: tl.constexpr, OVERLAP: tl.constexpr):
-        """attend_token(), a program for each sequence and head; reads the filled part of the cache only. Those keys and
-        values are of earlier steps, and a step begins with torch's kernels, which start late: no need to wait."""
+        """attend_token(), a program for each sequence and head; reads the filled part of the cache only, and at once,
+        since that is of earlier steps, and a step begins with torch's kernels, which start late."""
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
         keys = kv + (b * HEADS + h) * S * HS

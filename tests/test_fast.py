@@ -209,6 +209,26 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     torch.testing.assert_close(net(x, y)[0], twin(x, y)[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_embeddings_by_kernels_are_embeddings(dtype):
+    net, x = small(n_embd=48).to('cuda'), ids(3, 16).to('cuda')
+    twin = copy.deepcopy(net)
+    fast.for_training(net, dtype, compiled=False, flat=True)
+    x[0] = 5  # many rows of one token
+    for _ in range(2):  # the second pass adds to what is there
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            ours, wanted = net.embed(x), twin.embed(x).to(dtype)
+        assert torch.equal(ours, wanted)
+        weights = torch.randn_like(wanted)
+        (ours * weights).sum().backward()
+        (wanted * weights).sum().backward()
+    for part in ('wte', 'wpe'):
+        torch.testing.assert_close(net.transformer[part].weight.grad, twin.transformer[part].weight.grad)
+    x[1, 2] = net.config.vocab_size
+    assert net.embed(x).isnan().any(2).nonzero().tolist() == [[1, 2]], 'an unknown id shows in the loss'
+
+
 def test_all_gradients_are_one_tensor():
     net = small()
     fast.flatten_gradients(net)
