@@ -32,13 +32,11 @@ _USUAL = {'lr': 'learning_rate', 'wd': 'weight_decay', 'iters': 'max_iters', 'ep
 # -- for the script to use ------------------------------------------------------------------------------------------
 
 def fail(*problems):
-    """End the script for a user's mistake: one line per problem on stderr (rank 0 alone), exit code 2."""
-    if _first_rank:
-        for problem in problems:
-            print(f'{os.path.basename(_script)}: {problem}', file=sys.stderr)
-    else:
-        time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
-    sys.stdout.flush()
+    """End the script for a user's mistake: one line per problem on stderr, exit code 2."""
+    who = os.path.basename(_script) + ('' if _first_rank else f', rank {os.environ["RANK"]}')
+    time.sleep(0 if _first_rank else 2)  # torchrun ends all as soon as one ends: what the first met, too, it has said
+    for problem in problems:
+        print(f'{who}: {problem}', file=sys.stderr)
     sys.exit(2)
 
 
@@ -74,8 +72,7 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
     computes in it natively, float16 on other CUDA cards, float32 elsewhere. Notes what cannot be had here."""
     import torch
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if device == 'auto':
-        device = next(kind for kind in there if there[kind])
+    device = next(kind for kind in there if there[kind]) if device == 'auto' else device
     kind, _, number = device.partition(':')
     if kind not in there:
         need(False, f'device={device}: choose auto, cpu, cuda, cuda:N or mps')
@@ -102,8 +99,11 @@ def free_memory(device: str) -> int:
     if device.startswith('cuda'):
         import torch
         return torch.cuda.mem_get_info(device)[0]
-    told = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())
-    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if told else 1 << 62
+    try:
+        with open('/proc/meminfo', encoding='ascii') as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith('MemAvailable:'))
+    except (OSError, StopIteration):  # not Linux
+        return 1 << 62
 
 
 # -- reading options ------------------------------------------------------------------------------------------------
@@ -116,9 +116,8 @@ def _nearest(name, cutoff):
 def _one_edit(a, b):
     """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
     i = next((i for i, (p, q) in enumerate(zip(a, b)) if p != q), min(len(a), len(b)))
-    same = (a[i + 1:] == b[i + 1:] or a[i + 1:] == b[i:] or a[i:] == b[i + 1:]
-            or (a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]))
-    return same and len(b) > 2  # a name of one or two letters is one edit from everything
+    swapped = a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:]
+    return len(b) > 2 and (swapped or a[i:] == b[i + 1:] or a[i + 1:] in (b[i + 1:], b[i:]))  # 'a' is near to all
 
 
 def _convert(key, value):
@@ -138,10 +137,8 @@ def _convert(key, value):
                     value = int(text)
                 except ValueError:
                     value = float(text)
-            if kind is float and isinstance(value, numbers.Real):
-                return float(value)
-            if isinstance(value, numbers.Real) and value == int(value):
-                return int(value)
+            if isinstance(value, numbers.Real) and (kind is float or value == int(value)):
+                return kind(value)
     except (ValueError, OverflowError):
         pass
     wants = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a str'}[kind]
@@ -179,8 +176,11 @@ def _run_file(name):
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         line = e.lineno if isinstance(e, SyntaxError) and e.filename == path else lines[-1] if lines else 1
-        what = e.msg if isinstance(e, SyntaxError) else str(e)
-        return need(False, f'{name}, line {line}: {type(e).__name__}: {_shown(what)}')
+        what = _shown(e.msg if isinstance(e, SyntaxError) else str(e))
+        return need(False, f'{name}, line {line}: {type(e).__name__}: {what}')
+    for node in tree.body:
+        if isinstance(node, ast.If) and '__main__' in ast.unparse(node.test) and _first_rank:
+            print(f'note: {name}, line {node.lineno}: a config file is not run as __main__, so this is skipped')
     line_of = {node.id: node.lineno for node in ast.walk(tree)
                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for key, value in scope.items():

@@ -220,7 +220,7 @@ class FusedLoss(GPT):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         adds = type(head) is AddingLinear
         weight, total = (head.weight16, head.weight.grad) if adds else (head.weight.to(dtype), None)
-        return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten(), total)
+        return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten().long(), total)
 
 
 # -- training: one tensor of gradients --------------------------------------------------------------------------------

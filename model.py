@@ -159,7 +159,7 @@ class GPT(nn.Module):
         loss): (B, T, V) and the mean cross-entropy in nats; without targets only the last position's logits, (B, 1, V),
         and None. caches, one for each block, hold the tokens before idx. ValueError for more than block_size tokens.
         """
-        x = self.embed(idx, caches[0].length if caches else 0)
+        x = self.embed(idx.long(), caches[0].length if caches else 0)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i]) if caches else block(x)
         return self.score(x, targets)
@@ -178,7 +178,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)  # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), ignore_index=-1)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  **options) -> torch.Tensor:
@@ -210,7 +210,7 @@ class GPT(nn.Module):
             if not logits.isfinite().all():
                 raise ValueError('the model makes NaN or infinity of this text')
             new = sample_ids(logits[:, -1, :vocab_size], u, temperature, top_k, top_p)[:, None]
-            idx = torch.cat((idx, new), dim=1)
+            idx = torch.cat((idx.long(), new), dim=1)
             yield new[:, 0]
 
     def get_num_params(self, non_embedding: bool = True) -> int:

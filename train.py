@@ -17,7 +17,6 @@ except ModuleNotFoundError:  # deleted: everything works without it
 import contextlib
 import math
 import os
-import signal
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import checkpoint as ckpt
-from data import launched, leave, unlock
+from data import agreed, launched, leave, unlock
 from data.bins import Bins, draw
-from data.runlog import RunLog, Stopwatch, speaker, versions
+from data.runlog import RunLog, Stop, Stopwatch, claim, versions
 from model import GPT, PUBLISHED, GPTConfig
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -74,8 +73,8 @@ on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tes
 
 ddp, rank, local_rank, world_size = launched()
 master = rank == 0  # the process that prints, logs and saves
-signals = []  # SIGTERM, SIGINT or an output that nobody reads ask for an orderly end, a second signal ends at once
-say = speaker(lambda: signals.append(signal.SIGPIPE)) if master else lambda *words: None
+stop = Stop(speaks=master)  # whether a signal has asked for an orderly end
+say = stop.say  # print(), on the master alone
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 
 need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
@@ -101,6 +100,12 @@ if ddp:
         torch.cuda.set_device(device)
     backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
+params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # or more; each with a gradient and two moments
+least = 16 * params + 2 * n_layer * n_embd * batch_size * block_size
+least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
+if init_from == 'scratch' and least > (free := free_memory(device)):
+    fail(f'n_layer={n_layer}, n_embd={n_embd}, block_size={block_size}, batch_size={batch_size}, eval_iters='
+         f'{eval_iters} take {least / 1e9:,.1f} GB of memory or more, {free / 1e9:,.1f} GB are free: take less')
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
 torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
@@ -115,7 +120,7 @@ say(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 bins = Bins(dataset, block_size)
 if master and not eval_only and init_from != 'resume':
-    ckpt.claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
+    claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 resumed = init_from == 'resume'
 iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
 try:
@@ -136,7 +141,10 @@ if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if resumed and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
-if master and not eval_only and (moved := ckpt.claim(out_dir, fresh=not resumed)):  # all checks have passed
+if ddp:
+    size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in raw_model.parameters())
+    agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num, 'weights': f'{size:.6g}'})
+if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # all checks have passed
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
@@ -310,14 +318,6 @@ def check_finite(*losses):
                        f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
 
 
-def on_signal(number, frame):
-    signals.append(number)
-    if master:  # print() is not safe in here
-        os.write(2, b'finishing this update; a second signal quits at once\n')
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 # -- 6 the loop -----------------------------------------------------------------------------------------------------
 
 nothing_to_do = resumed and iter_num >= max_iters and not eval_only
@@ -328,8 +328,7 @@ header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': d
           'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
              resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
-signal.signal(signal.SIGTERM, on_signal)
-signal.signal(signal.SIGINT, on_signal)
+stop.listen()
 saved_at = iter_num
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
@@ -364,16 +363,16 @@ while not nothing_to_do:  # every end is a break below
     on_step(iter_num, raw_model)
 
     # log; several ranks agree here on whether one of them was told to stop
-    stop = bool(signals) and not ddp
+    stops = bool(stop) and not ddp
     if (iter_num - 1) % log_interval == 0:
         norm = float(norms[-1])  # before check_finite clears them
-        loss, stop = mean_over_ranks(loss_sum, float(bool(signals)))
+        loss, stops = mean_over_ranks(loss_sum, float(bool(stop)))
         check_finite(loss)
         dt = watch.lap(iter_num)
         say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
-    if stop and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
+    if stops and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
         check_finite()
         if iter_num > saved_at:
             save('ckpt.pt' if always_save_checkpoint else 'last.pt')
@@ -381,5 +380,6 @@ while not nothing_to_do:  # every end is a break below
         break
 
 log.close()
+stop.forget()
 unlock(out_dir)
 leave_together()

@@ -18,8 +18,8 @@ _locks = {}  # by path: the open files whose locks this process holds
 
 class DataError(Exception):
     """
-    A file or setting that cannot be used. The message names it and says what to do; it is for the user.
-    Under torchrun all ranks meet the same mistake and rank 0 alone reports it, unless it is in what `one_rank` read.
+    A file or setting that cannot be used. The message names it and says what to do; it is for the user. Under torchrun
+    rank 0 speaks at once, the others only if it goes on without them, or if it is known to be the matter of `one_rank`.
     """
 
     def __init__(self, message: str, one_rank: bool = False):
@@ -41,10 +41,11 @@ def writing(*paths: str):
         raise DataError(f'{paths[0]} could not be written ({e.strerror}): free some space', one_rank=True) from e
 
 
-def lock(folder: str) -> None:
+def lock(folder: str, otherwise: str = 'choose another with --out_dir') -> None:
     """
-    Make the folder this process's own until unlock() or its end, however it ends; DataError if it is another's, OSError
-    if it cannot be written. On Windows, and where the file system has no locks, it only says who is there.
+    Make the folder this process's own until unlock() or its end, however it ends; DataError if it is another's, with
+    what to do `otherwise`, OSError if it cannot be written. On Windows, and where the file system has no locks, it only
+    says who is there.
     """
     path = os.path.realpath(os.path.join(folder, 'run.lock'))
     if path not in _locks:
@@ -54,13 +55,12 @@ def lock(folder: str) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise DataError(f'out_dir={folder} belongs to a run that is going on ({file.read()}): choose another with '
-                            '--out_dir') from None
+            raise DataError(f'{folder} belongs to {file.read()}, which is still at work: {otherwise}') from None
         except OSError:
             pass
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             file.close()  # its owner ended in between, and took the file away
-            return lock(folder)
+            return lock(folder, otherwise)
         file.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}', end='', file=file, flush=True)
         _locks[path] = file
@@ -97,6 +97,19 @@ def launched() -> tuple[bool, int, int, int]:
                     'processes with torchrun'.format_map(os.environ), one_rank=True)
 
 
+def agreed(what: dict) -> None:
+    """All ranks must start alike: DataError on each of them that names the first entry of `what` that differs, options
+    aside that may differ."""
+    import torch.distributed as dist
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, what)
+    for rank, theirs in enumerate(everyone):
+        for key, first in everyone[0].items():
+            if theirs[key] != first and key not in ('out_dir', 'device') and not key.startswith('wandb_'):
+                raise DataError(f'rank {rank} started with {key}={theirs[key]}, rank 0 with {key}={first}: all of them '
+                                'need the same options, data and checkpoint')
+
+
 def nobody_reads() -> None:
     """After a BrokenPipeError, as by `| head`: what is printed from now on goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,17 +132,23 @@ def leave(status=0, at_once: bool = False) -> None:
 
 def _say(kind, error, trace, otherwise=sys.excepthook):
     """What reaches the top of a script: a DataError is one line and exit code 2, an output that nobody reads any more a
-    quiet end, with the code of tools that SIGPIPE ends; all else keeps its traceback."""
+    quiet end, with the code of tools that SIGPIPE ends; memory that is not there a line; all else keeps its traceback.
+    """
     if issubclass(kind, BrokenPipeError):
         nobody_reads()
         raise SystemExit(141)
-    if not issubclass(kind, DataError):
+    rank, text = os.environ.get('RANK') or '0', str(error)
+    if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in text:
+        what = (text or kind.__name__).splitlines()[0]
+        error = f'out of memory ({what}): take a smaller model, --batch_size or --block_size'
+    elif not issubclass(kind, DataError):
         return otherwise(kind, error, trace)
-    if error.one_rank or os.environ.get('RANK', '') in ('', '0'):
-        print(error, file=sys.stderr)
-    else:
-        time.sleep(1)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
+    elif rank != '0' and not error.one_rank:
+        time.sleep(2)  # torchrun ends all ranks as soon as one ends: if the first met the same, it has spoken by now
+    # not to sys.stderr: torch.distributed puts a buffer there, which would be lost with the SystemExit
+    print(f'rank {rank}: {error}' if rank != '0' else error, file=sys.__stderr__, flush=True)
     raise SystemExit(2)
 
 
-sys.excepthook = _say
+if not hasattr(sys, 'ps1'):  # a person at a prompt, or a notebook, has a better use for what an error says
+    sys.excepthook = _say

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from data import DataError, codec, writing
+from data import DataError, codec, lock, unlock, writing
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 HASHED_AT_OPEN = 1 << 26  # bytes; smaller bins are checked against their sha256 whenever they are opened
@@ -54,6 +54,7 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
     meta = os.path.join(folder, 'meta.pkl')
     names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * (tokenizer.name == 'char')
     os.makedirs(folder, exist_ok=True)
+    lock(folder, 'wait for its end')
     with writing(*names, os.path.join(folder, 'bins.json')):
         _write_index(folder, index)
         for (split, arrays), name in zip(splits.items(), names):
@@ -81,6 +82,7 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
         for name in names:
             os.replace(name + '.tmp', name)
         _write_index(folder, {**index, 'finished': True})
+    unlock(folder)
     return index
 
 
@@ -151,6 +153,7 @@ class Bins:
         index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
         self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
+        self.files = {}
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
     def _codec_state(self, index: dict) -> dict:
@@ -182,21 +185,24 @@ class Bins:
         if entry['tokens'] < self.block_size + 1:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
-        tokens = np.memmap(path, DTYPES[index['dtype']], 'r')
+        self.files[split] = open(path, 'rb')
+        tokens = np.memmap(self.files[split], DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (n, block_size) int64 each, at the places that n random uint64 select."""
+        path = os.path.join(self.folder, f'{split}.bin')
+        if os.fstat(self.files[split].fileno()).st_size < self.tokens[split].nbytes:  # reading on would be a SIGBUS
+            raise DataError(f'{path} was cut short while it was read: run {self.prepare} again', one_rank=True)
         windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)
         offsets = (raw % np.uint64(len(windows))).astype(np.int64)
         rows = windows[offsets]  # (n, block_size + 1)
         if rows.max(initial=0) >= self.vocab_size:
             r, t = np.argwhere(rows >= self.vocab_size)[0]
-            raise DataError(f'{os.path.join(self.folder, split)}.bin holds token id {rows[r, t]} at offset '
-                            f'{offsets[r] + t:,}; vocab_size is {self.vocab_size}: run {self.prepare} again',
-                            one_rank=True)
+            raise DataError(f'{path} holds token id {rows[r, t]} at offset {offsets[r] + t:,}; vocab_size is '
+                            f'{self.vocab_size}: run {self.prepare} again', one_rank=True)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
     def train_batch(self, seed: int, step: int, part: int, parts: int,

@@ -1,7 +1,6 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
-import itertools
 import os
 import zipfile
 import zlib
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data import FULL, DataError, lock
+from data import FULL, DataError
 
 NAMES = ('ckpt.pt', 'last.pt')  # best or latest; and whatever is newer than it
 
@@ -103,19 +102,33 @@ def load(path: str, mmap: bool = False) -> dict:
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
+    if problem := _problem(checkpoint):
+        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {problem}{hint}')
+    return checkpoint
+
+
+def _problem(checkpoint: dict) -> str | None:
+    """What a dict lacks to be a checkpoint of train.py, or has too large for its own tensors."""
     fits = {**dict.fromkeys(('model', 'model_args', 'config'), lambda v: isinstance(v, dict) and all(
                 type(name) is str for name in v)),
             'iter_num': lambda v: type(v) is int and 0 <= v < 1 << 62,
             'best_val_loss': lambda v: type(v) is float or type(v) is int and abs(v) < 1 << 62 or (
                 isinstance(v, torch.Tensor) and v.ndim == 0)}
-    if wrong := [k for k, right in fits.items() if k in checkpoint and not right(checkpoint[k])]:
-        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(wrong)} of another type{hint}')
-    if missing := [k for k in ('model', 'model_args') if k not in checkpoint]:
-        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {", ".join(missing)} missing{hint}')
-    for name, t in checkpoint['model'].items():
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() and not t.abs().max().isfinite():
-            raise DataError(f'{path}: {name} holds NaN or infinity, its run had failed before it was saved{hint}')
-    return checkpoint
+    wrong = [f'{k} missing' for k in ('model', 'model_args') if k not in checkpoint]
+    wrong += [f'{k} of another type' for k, right in fits.items() if k in checkpoint and not right(checkpoint[k])]
+    if wrong:
+        return ', '.join(wrong)
+    args, tensors = checkpoint['model_args'], {k: t for k, t in checkpoint['model'].items() if hasattr(t, 'dtype')}
+    numbers = sum(t.numel() for t in tensors.values())
+    most = {'n_layer': len(tensors), **dict.fromkeys(('n_head', 'n_embd', 'block_size', 'vocab_size'), numbers)}
+    wrong = [f'{k}={args[k]}, but its {len(tensors)} tensors hold {numbers:,} numbers' for k in most
+             if type(args.get(k)) is int and args[k] > most[k]]
+    for k, t in tensors.items():
+        if not t.is_floating_point() and not k.endswith(('.attn.bias', '.attn.masked_bias')):  # masks: not used
+            wrong.append(f'{k} holds {t.dtype}')
+        elif t.is_floating_point() and t.numel() and not t.abs().max().isfinite():
+            wrong.append(f'{k} holds NaN or infinity, its run had failed before it was saved')
+    return wrong[0] if wrong else None
 
 
 def newest(folder: str) -> dict | None:
@@ -140,9 +153,9 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
         if not (isinstance(step, torch.Tensor) and step.numel() == 1 or type(step) in (int, float)) or not step >= 0:
             return f'step of parameter {i} is {step}'
         for name in ('exp_avg', 'exp_avg_sq'):
-            if getattr(entry[name], 'shape', None) != p.shape:
-                return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))}, '
-                        f'the model needs {tuple(p.shape)}')
+            if getattr(entry[name], 'shape', None) != p.shape or not entry[name].is_floating_point():
+                return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))} of '
+                        f'{getattr(entry[name], "dtype", "no tensor")}, the model needs {tuple(p.shape)} of float32')
     return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
 
 
@@ -163,31 +176,6 @@ def earlier(folder: str) -> str:
     """A hint at the files of an earlier run that claim() renamed, or nothing."""
     there = os.path.join(folder, 'ckpt.prev.pt')
     return f'{there} is of an earlier run, rename it to go on with that; or ' if os.path.exists(there) else ''
-
-
-def claim(folder: str, fresh: bool = False) -> list[str]:
-    """
-    Make an out_dir ready for a run: create it, see that it can be written and is no other process's, remove what a
-    killed save left. A fresh run renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken,
-    and so on; their new names are returned. Raises DataError.
-    """
-    names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl')]
-    moved = []
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock(folder)
-        taken = set(os.listdir(folder))
-        tags = (f'.prev{n}' if n > 1 else '.prev' for n in itertools.count(1))
-        tag = next(tag for tag in tags if not taken & {stem + tag + ending for stem, ending in names})
-        for stem, ending in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, stem + ending + '.tmp'))
-            if fresh and stem + ending in taken:
-                os.replace(os.path.join(folder, stem + ending), os.path.join(folder, stem + tag + ending))
-                moved.append(stem + tag + ending)
-    except OSError as e:
-        raise DataError(f'out_dir={folder} cannot be written ({e.strerror}): choose another with --out_dir') from e
-    return moved
 
 
 def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:

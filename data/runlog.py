@@ -1,26 +1,84 @@
-"""What a run says about itself: its times, log.jsonl in its out_dir, and wandb if asked for."""
+"""A run: the folder it owns, when it should stop, and what it says: its times, log.jsonl, and wandb if asked for."""
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from data import nobody_reads, writing
+from data import DataError, lock, nobody_reads, writing
+from data.checkpoint import NAMES
 
 
-def speaker(hung_up: Callable[[], None]) -> Callable:
-    """print(); where nobody reads it any more, as after `| head`, hung_up() is called once and nothing more is said."""
-    def say(*words) -> None:
+def claim(folder: str, fresh: bool = False) -> list[str]:
+    """
+    Make an out_dir ready for a run: create it, see that it can be written and is no other process's, remove what a
+    killed save left. A fresh run renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken,
+    and so on; their new names are returned. Raises DataError.
+    """
+    names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl')]
+    moved = []
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock(folder)
+        taken = set(os.listdir(folder))
+        tags = (f'.prev{n}' if n > 1 else '.prev' for n in itertools.count(1))
+        tag = next(tag for tag in tags if not taken & {stem + tag + ending for stem, ending in names})
+        for stem, ending in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, stem + ending + '.tmp'))
+            if fresh and stem + ending in taken:
+                os.replace(os.path.join(folder, stem + ending), os.path.join(folder, stem + tag + ending))
+                moved.append(stem + tag + ending)
+    except OSError as e:
+        raise DataError(f'out_dir={folder} cannot be written ({e.strerror}): choose another with --out_dir') from e
+    return moved
+
+
+class Stop:
+    """
+    Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT or SIGHUP, whose
+    terminal is gone, or because nobody reads what say() prints. A second signal ends it at once. Signals count between
+    listen() and forget(), which puts back what was there before; those that are ignored, as by nohup, stay so.
+    """
+
+    def __init__(self, speaks: bool):
+        self.speaks, self.asked, self.before = speaks, False, {}
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def say(self, *words) -> None:
+        """print(), in one process of all."""
         try:
-            print(*words)
-        except BrokenPipeError:
+            if self.speaks:
+                print(*words)
+        except OSError:  # its reader has ended, as `head` does, or its terminal was closed
             nobody_reads()
-            hung_up()
-    return say
+            self.asked = True
+
+    def listen(self) -> None:
+        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        self.asked = True
+        with contextlib.suppress(OSError):
+            if self.speaks:  # print() is not safe in here
+                os.write(2, b'finishing this update; a second signal quits at once\n')
+        for other in self.before:
+            signal.signal(other, signal.SIG_DFL)
+
+    def forget(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class RunLog:

@@ -137,7 +137,7 @@ def test_a_zip_of_something_else(tmp_path):
 
 
 @pytest.mark.parametrize('content, named', [
-    ([1, 2], 'not a checkpoint'), (torch.zeros(3), 'not a checkpoint'), ({}, 'model, model_args missing'),
+    ([1, 2], 'not a checkpoint'), (torch.zeros(3), 'not a checkpoint'), ({}, 'model missing, model_args missing'),
     ({'model': {}, 'iter_num': 1}, 'model_args missing'),
     ({**example(), 'more': torch.eye(3).to_sparse()}, 'not a checkpoint'),
     ({**example(), 'more': torch.zeros(3, device='meta')}, 'not a checkpoint'),
@@ -258,6 +258,40 @@ def test_a_value_of_another_kind(tmp_path, wrong):
     assert f'is not a checkpoint of train.py: {next(iter(wrong))} of another type' in refusal(tmp_path / 'ckpt.pt')
 
 
+@pytest.mark.parametrize('size, value', [('n_layer', 10**6), ('n_layer', 4), ('n_head', 1 << 40), ('n_embd', 1 << 40),
+                                         ('block_size', 10**12), ('vocab_size', 10**30)])
+def test_sizes_that_no_tensors_are_there_for(tmp_path, size, value):
+    """Before anything is built: a million layers would take minutes."""
+    torch.save({**example(), 'model_args': {size: value}}, tmp_path / 'ckpt.pt')
+    assert f'{size}={value}, but its 3 tensors hold 72 numbers' in refusal(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_integers_are_refused(tmp_path, dtype):
+    """But for the masks that the original keeps beside its weights."""
+    checkpoint = example()
+    checkpoint['model'] |= {'h.0.attn.bias': torch.ones(3, 3, dtype=dtype)}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    ckpt.load(str(tmp_path / 'ckpt.pt'))
+    checkpoint['model'] |= {'h.0.mlp.bias': torch.ones(3, dtype=dtype)}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    assert f'h.0.mlp.bias holds {dtype}' in refusal(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('dtype, fits', [(torch.float64, True), (torch.bfloat16, True), (torch.int64, False)], ids=str)
+def test_moments_are_floats_of_any_width(dtype, fits):
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([p])
+    state = {'state': {0: {'step': torch.tensor(3.0), 'exp_avg': torch.ones(2, dtype=dtype),
+                           'exp_avg_sq': torch.ones(2, dtype=dtype)}}}
+    if fits:
+        ckpt.restore(optimizer, torch.amp.GradScaler('cpu', enabled=False), {'optimizer': state})
+        assert optimizer.state[p]['exp_avg'].dtype == torch.float32 and optimizer.state[p]['exp_avg'].tolist() == [1, 1]
+    else:
+        assert ckpt.misfit(optimizer, state) == (
+            'exp_avg of parameter 0 is (2,) of torch.int64, the model needs (2,) of float32')
+
+
 @pytest.mark.parametrize('step, fits', [(torch.tensor(3.0), True), (3, True), (torch.zeros(3), False), ('foo', False),
                                         (torch.tensor(math.nan), False), (-1, False), (None, False)], ids=str)
 def test_the_step_of_an_optimizer_state(step, fits):
@@ -298,32 +332,3 @@ def test_newest_is_the_one_further_on(tmp_path):
     assert ckpt.newest(str(tmp_path))['iter_num'] == 8
     ckpt.save(last, example(12))
     assert ckpt.newest(str(tmp_path))['iter_num'] == 12
-
-
-@pytest.mark.parametrize('fresh', [True, False])
-def test_claim_removes_what_a_killed_save_left(tmp_path, fresh):
-    for name in ('ckpt.pt.tmp', 'last.pt.tmp', 'log.jsonl.tmp', 'notes.tmp'):
-        (tmp_path / name).write_bytes(b'half')
-    assert ckpt.claim(str(tmp_path), fresh) == [] and sorted(os.listdir(tmp_path)) == ['notes.tmp', 'run.lock']
-
-
-def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
-    names = ['ckpt.pt', 'last.pt', 'log.jsonl']
-    kept = ['ckpt.prev.pt', 'last.prev.pt', 'log.prev.jsonl']
-    for name in names:
-        (tmp_path / name).write_text(name)
-    assert ckpt.claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == [*names, 'run.lock']
-    assert ckpt.claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == [*kept, 'run.lock']
-    (tmp_path / 'ckpt.pt').write_text('newer')
-    assert ckpt.claim(str(tmp_path), fresh=True) == ['ckpt.prev2.pt']  # nothing earlier is written over
-    (tmp_path / 'log.jsonl').write_text('newest')
-    assert ckpt.claim(str(tmp_path), fresh=True) == ['log.prev3.jsonl']  # and no two runs are mixed
-    assert (tmp_path / 'ckpt.prev2.pt').read_text() == 'newer' and (tmp_path / 'ckpt.prev.pt').read_text() == 'ckpt.pt'
-    assert ckpt.earlier(str(tmp_path)).startswith(f'{tmp_path}/ckpt.prev.pt is of an earlier run')
-
-
-def test_claim_makes_the_folder_or_says_why_not(tmp_path):
-    assert ckpt.claim(str(tmp_path / 'a' / 'b'), fresh=True) == [] and (tmp_path / 'a' / 'b').is_dir()
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(DataError, match=r'out_dir=\S+ cannot be written \(.+\): choose another with --out_dir'):
-        ckpt.claim(str(tmp_path / 'file' / 'out'), fresh=True)

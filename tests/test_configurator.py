@@ -270,14 +270,16 @@ def test_fail(toy, capsys):
     assert capsys.readouterr().err == 'toy.py: one thing\ntoy.py: another\n'
 
 
-def test_only_the_first_rank_prints(toy, monkeypatch):
+def test_the_first_rank_speaks_for_all(toy, monkeypatch):
+    """Another one says its mistake only if it is still there 2 s later: torchrun would have ended it with the first."""
     monkeypatch.setenv('RANK', '1')
     toy.file('seed = 3\ngpus = 8\n')
     assert toy('--batch_size=2', 'my.py')['config'] == {**OPTIONS, 'batch_size': 2, 'seed': 3}
     assert toy.out == toy.err == ''
     with pytest.raises(SystemExit) as end:
         toy('--batchsize=2')
-    assert end.value.code == 2 and toy.out == toy.err == ''
+    assert end.value.code == 2 and toy.out == ''
+    assert toy.err == 'toy.py, rank 1: unknown option --batchsize; did you mean --batch_size?\n'
 
 
 def test_a_terminal_without_unicode(toy):
@@ -535,6 +537,13 @@ def test_a_stranger_in_a_config_gets_a_note(toy, value):
     assert toy('my.py')['config'] == {**OPTIONS, 'seed': 2}
     assert toy.out == 'Overriding: seed = 2\nnote: my.py, line 2: gpus is no option of toy.py, ignored\n'
     assert toy.err == ''
+
+
+def test_what_stands_under_main_in_a_config_gets_a_note(toy):
+    toy.file('seed = 2\nif __name__ == "__main__":\n    seed = 3\n')
+    assert toy('my.py')['config'] == {**OPTIONS, 'seed': 2}
+    assert toy.out == ('note: my.py, line 2: a config file is not run as __main__, so this is skipped\n'
+                       'Overriding: seed = 2\n')
 
 
 @pytest.mark.parametrize('name', ['i', 'x', 'lr', 'tokens', 'block', 'weight_decay', 'BATCH'])

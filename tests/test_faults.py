@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -87,7 +88,7 @@ def test_an_out_dir_belongs_to_one_run_until_it_ends(options, tmp_path, init_fro
     until(lambda: os.path.exists(os.path.join(out, 'ckpt.pt')))
     second = start(options(init_from=init_from), f'{output}2')
     assert ended(second) == 2
-    assert re.fullmatch(rf'out_dir={out} belongs to a run that is going on \(process {first.pid} on .+, since .+\): '
+    assert re.fullmatch(rf'{out} belongs to process {first.pid} on .+, since .+, which is still at work: '
                         'choose another with --out_dir\n', text(f'{output}2.err'))
     first.kill()
     ended(first)
@@ -254,6 +255,52 @@ def test_signal_to_a_real_process(options, tmp_path, number):
     assert stdout.splitlines()[-2] == f'saving checkpoint to {out}'
 
 
+def test_a_terminal_that_is_closed_ends_the_run_in_order(options, tmp_path):
+    """SIGHUP, and from then on every word to the terminal is an error."""
+    import fcntl
+    import termios
+    out, (ours, its) = tmp_path / 'out', os.openpty()
+
+    def its_terminal():
+        os.setsid()
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen([sys.executable, TRAIN, *options(max_iters=10**6, eval_interval=10**6)], stdin=its,
+                               stdout=its, stderr=its, preexec_fn=its_terminal)
+    try:
+        os.close(its)
+        os.set_blocking(ours, False)
+        until(lambda: read(ours) is not None and updates_logged(out) >= 3)
+        os.close(ours)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    done = latest(out)['iter_num']
+    assert [r['iter'] for r in records(out)] == list(range(done)) and done >= 3
+
+
+def read(fd) -> bytes:
+    """What has come so far."""
+    try:
+        return os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return b''
+
+
+def test_ignored_hangups_stay_ignored(options, tmp_path):
+    """As nohup asks for."""
+    process = start(options(max_iters=60), str(tmp_path / 'output'), setup=ignore_hangups)
+    until(lambda: updates_logged(tmp_path / 'out') >= 3)
+    os.kill(process.pid, signal.SIGHUP)
+    assert ended(process) == 0 and latest(tmp_path / 'out')['iter_num'] == 60
+
+
+def ignore_hangups():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return {}
+
+
 def slow_step(at, seconds):
     """Run in the process: the given update takes this long."""
     return {'on_step': lambda step, model: time.sleep(seconds) if step == at else None}
@@ -286,7 +333,154 @@ def test_signal_during_an_evaluation(options, tmp_path):
     assert len(records(out, 'eval')) == 1
 
 
+# -- data that changes while a run reads it ---------------------------------------------------------------------------
+
+@pytest.fixture
+def own_dataset(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / 'words')
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_bins_cut_while_they_are_read_are_one_line(options, tmp_path, own_dataset, split):
+    """Reading on in the memory map would be a SIGBUS."""
+    output, path = str(tmp_path / 'output'), own_dataset / f'{split}.bin'
+    process = start(options(dataset=own_dataset, max_iters=10**6, eval_interval=20), output)
+    until(lambda: updates_logged(tmp_path / 'out') >= 21)
+    os.truncate(path, 1000)
+    assert ended(process) == 2
+    assert text(f'{output}.err') == (f'{path} was cut short while it was read: run python {own_dataset}/prepare.py '
+                                     'again\n')
+    assert latest(tmp_path / 'out')['iter_num'] % 20 == 0
+
+
+@pytest.mark.parametrize('how', ['prepared again', 'removed'])
+def test_bins_replaced_while_they_are_read_stay_what_they_were(options, tmp_path, own_dataset, how):
+    output = str(tmp_path / 'output')
+    process = start(options(dataset=own_dataset, max_iters=100, eval_interval=50), output)
+    until(lambda: updates_logged(tmp_path / 'out') >= 3)
+    chars = codec.read_meta(str(own_dataset / 'meta.pkl'))
+    if how == 'removed':
+        shutil.rmtree(own_dataset)
+    else:
+        bins.write(str(own_dataset), chars, train=[np.zeros(5000, int)], val=[np.zeros(500, int)])
+    assert ended(process) == 0, text(f'{output}.err')
+    assert ended(start(options(max_iters=100, eval_interval=50, out_dir=tmp_path / 'quiet'), output)) == 0
+    assert_same(tmp_path / 'out', tmp_path / 'quiet')
+    if how == 'prepared again':
+        assert ended(start(options(dataset=own_dataset, max_iters=101, init_from='resume'), output)) == 0
+        assert f'resumed on another text: dataset={own_dataset} has other sha256 sums' in text(output)
+
+
+def test_two_that_prepare_one_folder_at_once(tmp_path):
+    """The second one is told, and changes nothing."""
+    write = f"""if True:
+        import sys; sys.path.insert(0, {ROOT!r})
+        from data import bins, codec
+        def arrays():
+            yield [0, 1] * 50
+            print('writing', flush=True)
+            sys.stdin.readline()
+        bins.write({str(tmp_path)!r}, codec.CharCodec('ab'), train=arrays(), val=[[0] * 9])"""
+    first = subprocess.Popen([sys.executable, '-c', write], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == 'writing\n'
+        second = run(sys.executable, '-c', write, stdin=subprocess.DEVNULL)
+        assert second.returncode == 2 and re.fullmatch(
+            rf'{tmp_path} belongs to process {first.pid} on .+, since .+, which is still at work: wait for its end\n',
+            second.stderr)
+        first.communicate('go on\n', timeout=30)
+    finally:
+        first.kill()
+    assert first.returncode == 0 and sorted(os.listdir(tmp_path)) == ['bins.json', 'meta.pkl', 'train.bin', 'val.bin']
+    assert bins.Bins(str(tmp_path), 4).tokens['train'].tolist() == [0, 1] * 50
+
+
+# -- places that are missing or full ----------------------------------------------------------------------------------
+
+def few_handles():
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+    return {}
+
+
+def test_few_file_handles(options, tmp_path):
+    process = start(options(), str(tmp_path / 'output'), setup=few_handles)
+    assert ended(process) == 0, text(str(tmp_path / 'output.err'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('env', [{'TMPDIR': '/proc/nowhere'}, {'HOME': '', 'USER': ''}], ids=['no TMPDIR', 'no HOME'])
+def test_no_place_of_ones_own(options, tmp_path, env):
+    """With a compiler, whose cache lies in the one or the other."""
+    gone = {name for name, value in env.items() if not value}
+    env = {name: value for name, value in {**os.environ, **env}.items() if name not in gone}
+    done = run('train.py', *options(compile=True, max_iters=3), env=env)
+    assert (done.returncode, done.stderr) == (0, '') and latest(tmp_path / 'out')['iter_num'] == 3
+
+
 # -- several processes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('own', ['n_embd=64', *(pytest.param(own, marks=pytest.mark.slow) for own in (
+    'seed=7', 'learning_rate=0.01', 'batch_size=2', 'max_iters=9', 'log_interval=2', 'dropout=0.1', 'init_from=resume'))])
+def test_ranks_with_other_options_are_one_line(options, tmp_path, own):
+    output, (key, value) = str(tmp_path / 'output'), own.split('=')
+    if key == 'init_from':
+        assert ended(start(options(), output)) == 0
+    ranks = start_ranks(2, options(), output, own=[f'--{own}'])
+    assert [ended(rank) for rank in ranks] == [2, 2], text(f'{output}.0.err') + text(f'{output}.1.err')
+    assert re.fullmatch(rf'rank 1 started with {key}={value}, rank 0 with {key}=[\w.]+: all of them need the same '
+                        'options, data and checkpoint\n', text(f'{output}.0.err'))
+    assert records(tmp_path / 'out') == [] or len(records(tmp_path / 'out')) == 12, 'no run has begun, none was renamed'
+
+
+def own_place(place):
+    """Run in each process: what is relative lies in a folder of its own, as on hosts without a common disk."""
+    os.chdir(os.path.join(place, os.environ['RANK']))
+    return {}
+
+
+@pytest.mark.parametrize('other', ['data', 'iter_num', 'weights'])
+def test_ranks_with_other_files_are_one_line(options, tmp_path, dataset, other):
+    output, chars = str(tmp_path / 'output'), codec.read_meta(os.path.join(dataset, 'meta.pkl'))
+    for host in '01':
+        folder = shutil.copytree(dataset, tmp_path / host / 'words')
+        if other == 'data' and host == '1':
+            ids = np.fromfile(folder / 'train.bin', '<u2')
+            bins.write(str(folder), chars, train=[ids[::-1]], val=[ids[:500]])
+        seed, ends = (8, 8) if host == '0' else (9, 8) if other == 'weights' else (8, 4)
+        started = options(dataset=folder, out_dir=tmp_path / host / 'out', seed=seed, max_iters=ends)
+        assert other == 'data' or ended(start(started, output)) == 0
+    init_from = 'scratch' if other == 'data' else 'resume'
+    ranks = start_ranks(2, options(dataset='words', out_dir='out', init_from=init_from, seed=8), output,
+                        setup=functools.partial(own_place, str(tmp_path)))
+    assert [ended(rank) for rank in ranks] == [2, 2], text(f'{output}.0.err') + text(f'{output}.1.err')
+    assert re.fullmatch(rf'rank 1 started with {other}=.+, rank 0 with {other}=.+: all of them need the same options, '
+                        'data and checkpoint\n', text(f'{output}.0.err'))
+
+
+def test_a_mistake_in_the_data_is_said_by_the_first_rank(options, tmp_path, own_dataset):
+    """torch.distributed has its own way to show errors by then, which lost this line."""
+    output = str(tmp_path / 'output')
+    os.remove(own_dataset / 'val.bin')
+    ranks = start_ranks(2, options(dataset=own_dataset), output)
+    assert [ended(rank) for rank in ranks] == [2, 2]
+    assert text(f'{output}.0.err') == f'{own_dataset}/val.bin is missing: run python {own_dataset}/prepare.py\n'
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_misses_is_said(options, tmp_path):
+    """Under torchrun, which ends the others: here the checkpoint is not on the second host."""
+    path = tmp_path / 'host.py'
+    path.write_text(f"""import os, runpy, sys
+sys.path.insert(0, {ROOT!r})
+sys.argv[1:] = [word.replace('RANK', os.environ['RANK']) for word in sys.argv[1:]]
+runpy.run_path({TRAIN!r}, run_name='__main__')""")
+    assert run('train.py', *options(out_dir=tmp_path / 'out0')).returncode == 0
+    done = torchrun(2, str(path), *options(out_dir=tmp_path / 'outRANK', init_from='resume', max_iters=20))
+    assert done.returncode != 0
+    assert f'train.py, rank 1: init_from=resume: no ckpt.pt or last.pt in out_dir={tmp_path}/out1; ' in done.stderr
+
+
 
 @pytest.mark.parametrize('told, log_interval', [(0, 5), (1, 1)])
 def test_all_ranks_stop_when_one_is_told_to(options, tmp_path, told, log_interval):

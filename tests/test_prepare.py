@@ -279,6 +279,19 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
             assert 'need a column `text`' in last
 
 
+@pytest.mark.parametrize('name', ['pydoc_char', pytest.param('shakespeare', marks=pytest.mark.slow),
+                                  pytest.param('openwebtext', marks=pytest.mark.slow)])
+def test_a_prepare_that_finds_no_repo_is_one_line(folder, tmp_path, name):
+    (here := tmp_path / 'far' / 'from' / 'data').mkdir(parents=True)
+    path = shutil.copy(folder(name) / 'prepare.py', here)
+    done = run(sys.executable, str(path), cwd=here)
+    assert done.returncode == 1 and done.stderr == (
+        f'{here} is neither in the repo nor linked from it: set PYTHONPATH to the folder of train.py\n')
+    if name == 'pydoc_char':
+        done = run(sys.executable, str(path), cwd=here, env={**os.environ, 'PYTHONPATH': ROOT})
+        assert done.returncode == 0 and (here / 'train.bin').exists()
+
+
 @pytest.mark.slow
 def test_a_dataset_that_is_a_link(folder, tmp_path):
     """The folder lies elsewhere; the script runs by its path through the link, and after `cd` through it."""

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from data import DataError
-from data.runlog import RunLog
+from data import checkpoint as ckpt
+from data.runlog import RunLog, claim
 from tests.conftest import ROOT, run
 
 
@@ -168,3 +169,32 @@ def test_a_full_disk_is_one_line(logged, path):
     os.symlink('/dev/full', path)
     with pytest.raises(DataError, match='No space left'):
         log.write('train', iter=3)
+
+
+@pytest.mark.parametrize('fresh', [True, False])
+def test_claim_removes_what_a_killed_save_left(tmp_path, fresh):
+    for name in ('ckpt.pt.tmp', 'last.pt.tmp', 'log.jsonl.tmp', 'notes.tmp'):
+        (tmp_path / name).write_bytes(b'half')
+    assert claim(str(tmp_path), fresh) == [] and sorted(os.listdir(tmp_path)) == ['notes.tmp', 'run.lock']
+
+
+def test_claim_keeps_an_earlier_run_under_other_names(tmp_path):
+    names = ['ckpt.pt', 'last.pt', 'log.jsonl']
+    kept = ['ckpt.prev.pt', 'last.prev.pt', 'log.prev.jsonl']
+    for name in names:
+        (tmp_path / name).write_text(name)
+    assert claim(str(tmp_path), fresh=False) == [] and sorted(os.listdir(tmp_path)) == [*names, 'run.lock']
+    assert claim(str(tmp_path), fresh=True) == kept and sorted(os.listdir(tmp_path)) == [*kept, 'run.lock']
+    (tmp_path / 'ckpt.pt').write_text('newer')
+    assert claim(str(tmp_path), fresh=True) == ['ckpt.prev2.pt']  # nothing earlier is written over
+    (tmp_path / 'log.jsonl').write_text('newest')
+    assert claim(str(tmp_path), fresh=True) == ['log.prev3.jsonl']  # and no two runs are mixed
+    assert (tmp_path / 'ckpt.prev2.pt').read_text() == 'newer' and (tmp_path / 'ckpt.prev.pt').read_text() == 'ckpt.pt'
+    assert ckpt.earlier(str(tmp_path)).startswith(f'{tmp_path}/ckpt.prev.pt is of an earlier run')
+
+
+def test_claim_makes_the_folder_or_says_why_not(tmp_path):
+    assert claim(str(tmp_path / 'a' / 'b'), fresh=True) == [] and (tmp_path / 'a' / 'b').is_dir()
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(DataError, match=r'out_dir=\S+ cannot be written \(.+\): choose another with --out_dir'):
+        claim(str(tmp_path / 'file' / 'out'), fresh=True)

@@ -1,5 +1,6 @@
 """sample.py: a checkpoint becomes text, whatever is asked of it."""
 
+import io
 import shutil
 from types import SimpleNamespace
 
@@ -224,11 +225,14 @@ def test_stream_prints_what_comes_at_the_end_otherwise(sample, chars, monkeypatc
 
 
 def test_what_cannot_fit_is_said_before_it_starts(sample, chars, monkeypatch):
+    free, real = 0, open
+    monkeypatch.setattr('builtins.open', lambda path, *args, **kwargs: real(path, *args, **kwargs) if path !=
+                        '/proc/meminfo' else io.StringIO(f'MemFree: 1 kB\nMemAvailable: {free} kB\n'))
     for length, need in (7, 16 * 2 * 2 * 7 + 12 * 16), (20, 16 * 2 * 2 * 8 + 12 * 16 * 8):  # past block_size it reads 8
         need = (need * 4 + 24 * (length - 1)) * 3  # bytes, for three samples
-        monkeypatch.setattr('os.sysconf', lambda name, free=need: free if name == 'SC_AVPHYS_PAGES' else 1)
+        free = -(-need // 1024)  # KiB
         assert sample(num_samples=3, max_new_tokens=length - 1).code == 0
-        monkeypatch.setattr('os.sysconf', lambda name, free=need - 1: free if name == 'SC_AVPHYS_PAGES' else 1)
+        free -= 1
         done = sample(num_samples=3, max_new_tokens=length - 1)
         assert done.code == 2 and done.err.endswith(
             f'num_samples=3 of max_new_tokens={length - 1} need 0.0 GB of memory, 0.0 GB are free: take fewer\n')

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import codec
 from model import GPT, GPTConfig, KVCache, LayerNorm
 
 from . import test_model
@@ -192,11 +193,21 @@ def test_modules_are_of_torchs_own_classes():
 
 # -- dtypes and copies ----------------------------------------------------------------------------------------------
 
-def test_ids_in_32_bits():
+@pytest.mark.parametrize('dtype', [torch.int32, torch.uint16, torch.uint8])
+def test_ids_of_other_integers(dtype):
+    """uint16 is what a codec's encode() returns, and what the bins hold."""
     model, x = small(), ids(3, 9)
-    assert torch.equal(model(x.int())[0], model(x)[0])
-    assert torch.equal(model(x.int(), x)[0], model(x, x)[0])
-    assert torch.equal(model.generate(x.int(), 20, temperature=0), model.generate(x, 20, temperature=0))
+    y = x.to(dtype)
+    assert torch.equal(model(y)[0], model(x)[0])
+    assert all(map(torch.equal, model(y, y), model(x, x)))
+    assert torch.equal(model.generate(y, 20, temperature=0), model.generate(x, 20, temperature=0))
+
+
+def test_text_to_text_without_a_word_of_dtypes():
+    chars = codec.CharCodec('abcdefghij')
+    model = GPT(GPTConfig(**{**test_model.SMALL, 'vocab_size': chars.vocab_size}))
+    idx = torch.from_numpy(chars.encode('badge'))[None]
+    assert len(chars.decode(model.generate(idx, 7)[0].tolist())) == 12 and model(idx, idx)[1].isfinite()
 
 
 def test_what_was_generated_may_be_trained_on():

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -460,6 +461,41 @@ def test_nan_names_the_update_that_met_it(train, out_dir):
     lr = 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * 3 / 18))
     assert re.match(rf'iter 5: gradient norm nan, .*lr {lr:.3e}', str(done.code)), done.code
     assert iters(done) == [0, 4] and list(contents(out_dir)) == ['log.jsonl']
+
+
+def test_the_interpreter_is_left_as_it_was(train):
+    """As after `%run train.py` in a notebook, which goes on in the same process."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    handlers = [signal.getsignal(number) for number in numbers]
+    seen = []
+    train(on_step=lambda step, model: seen.append([signal.getsignal(number) for number in numbers]))
+    assert [signal.getsignal(number) for number in numbers] == handlers
+    assert all(a != b for now in seen for a, b in zip(now, handlers) if b is not signal.SIG_IGN)
+
+
+def test_a_prompt_keeps_its_own_way_to_show_errors():
+    """sys.ps1 is there in an interactive Python, in IPython and notebooks."""
+    here = 'import sys; {}; before = sys.excepthook; import data; print(before is sys.excepthook)'
+    for prompt, stays in (('sys.ps1 = ">>> "', 'True\n'), ('pass', 'False\n')):
+        assert run(sys.executable, '-c', here.format(prompt), cwd=ROOT).stdout == stays
+
+
+@pytest.mark.parametrize('size', [dict(n_layer=10**9), dict(n_embd=1 << 40), dict(batch_size=10**12),
+                                  dict(eval_iters=10**17), dict(gradient_accumulation_steps=10**18)], ids=str)
+def test_sizes_that_no_machine_has_are_one_line(train, size):
+    done = train(**size)
+    assert done.code == 2 and done.err.count('\n') == 1 and not done.lines[2:]
+    assert re.match(r'train.py: n_layer=\d+, .+ take [\d,.]+ GB of memory or more, [\d,.]+ GB are free: ', done.err)
+
+
+def test_memory_that_is_not_there_is_one_line(dataset, out_dir):
+    """Whatever asks for it, here the places of an evaluation's sequences."""
+    limited = ('import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); '
+               'runpy.run_path("train.py", run_name="__main__")')
+    done = run(sys.executable, '-c', limited, *flags(
+        **{**TINY, 'dataset': dataset, 'out_dir': out_dir, 'eval_iters': 10**8}), cwd=ROOT)
+    assert done.returncode == 2 and re.fullmatch(
+        r'out of memory \(.+\): take a smaller model, --batch_size or --block_size\n', done.stderr), done.stderr
 
 
 def test_a_signal_in_the_last_update_changes_nothing(train, out_dir):

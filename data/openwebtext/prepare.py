@@ -22,7 +22,10 @@ from datasets import load_dataset  # noqa: E402
 from datasets.exceptions import DatasetGenerationError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import DataError, bins, codec  # noqa: E402
+try:
+    from data import DataError, bins, codec
+except ImportError:
+    sys.exit(f'{HERE} is neither in the repo nor linked from it: set PYTHONPATH to the folder of train.py')
 
 DOCUMENTS = 8_013_769
 TOKENS = {'train': 9_035_582_198, 'val': 4_434_897}

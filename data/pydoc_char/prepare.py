@@ -13,7 +13,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the repo; with lin
 sys.path += [os.path.dirname(os.path.dirname(path)) for path in (os.path.realpath(HERE), os.environ.get('PWD', HERE))]
 from pydoc_data.topics import topics  # noqa: E402
 
-from data import bins, codec  # noqa: E402
+try:
+    from data import bins, codec
+except ImportError:
+    sys.exit(f'{HERE} is neither in the repo nor linked from it: set PYTHONPATH to the folder of train.py')
 
 text = '\n\n'.join(topics[name] for name in sorted(topics))
 chars = codec.CharCodec.of(text)
