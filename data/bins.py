@@ -55,7 +55,8 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
     names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * (tokenizer.name == 'char')
     os.makedirs(folder, exist_ok=True)
     lock(folder, 'wait for its end')
-    with writing(*names, os.path.join(folder, 'bins.json')):
+    with contextlib.ExitStack() as stack, writing(*names, os.path.join(folder, 'bins.json')):
+        stack.callback(unlock, folder)
         _write_index(folder, index)
         for (split, arrays), name in zip(splits.items(), names):
             count, digest = 0, hashlib.sha256()
@@ -82,7 +83,6 @@ def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
         for name in names:
             os.replace(name + '.tmp', name)
         _write_index(folder, {**index, 'finished': True})
-    unlock(folder)
     return index
 
 

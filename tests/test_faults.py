@@ -421,7 +421,8 @@ def test_no_place_of_ones_own(options, tmp_path, env):
 # -- several processes ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('own', ['n_embd=64', *(pytest.param(own, marks=pytest.mark.slow) for own in (
-    'seed=7', 'learning_rate=0.01', 'batch_size=2', 'max_iters=9', 'log_interval=2', 'dropout=0.1', 'init_from=resume'))])
+    'seed=7', 'learning_rate=0.01', 'batch_size=2', 'max_iters=9', 'log_interval=2', 'dropout=0.1',
+    'init_from=resume'))])
 def test_ranks_with_other_options_are_one_line(options, tmp_path, own):
     output, (key, value) = str(tmp_path / 'output'), own.split('=')
     if key == 'init_from':
