@@ -148,7 +148,7 @@ def time_train() -> tuple[float, int]:
         if not real_data:
             source = os.path.join(scratch, 'data')
             ids = bins.draw(64 * (block_size + 1), seed, 'bench') % 50257
-            bins.write(source, codec.GPT2Codec(), train=[ids], val=[ids])
+            bins.write(source, codec.BPECodec(), train=[ids], val=[ids])
         names = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'n_layer', 'n_head',
                  'n_embd', 'dropout', 'gradient_accumulation_steps')
         sys.argv = ['train.py', *(f'--{name}={config[name]}' for name in names), f'--dataset={source}',

@@ -60,7 +60,7 @@ end_if_wrong()
 
 # -- model and tokenizer --------------------------------------------------------------------------------------------
 
-tokenizer = codec.GPT2Codec()
+tokenizer = codec.BPECodec()
 try:
     if init_from == 'resume':
         path = next((p for p in (os.path.join(out_dir, name) for name in ckpt.NAMES) if os.path.lexists(p)), None)
@@ -84,15 +84,15 @@ except ValueError as e:
 if init_from == 'resume':
     print(f'{path}: {checkpoint.get("iter_num", "an unknown number of")} updates')
 vocab_size = model.config.vocab_size
-if tokenizer.vocab_size > vocab_size or (tokenizer.name == 'char' and tokenizer.vocab_size != vocab_size):
+if tokenizer.vocab_size > vocab_size or (tokenizer.end_of_text is None and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
 number_format = getattr(torch, dtype)
 model.eval().to(device, number_format)
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------
 
-if not start or (start == '\n' and tokenizer.name != 'gpt2'):
-    start = codec.END_OF_TEXT if tokenizer.name == 'gpt2' else '\n' if '\n' in tokenizer.chars else tokenizer.chars[0]
+if not start or (start == '\n' and tokenizer.end_of_text is None):
+    start = tokenizer.default_prompt
 ids = tokenizer.encode(start, special=True)
 if len(ids) > model.config.block_size:
     print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}')

@@ -125,7 +125,7 @@ resumed = init_from == 'resume'
 iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
 try:
     if init_from == 'scratch':
-        raw_model = GPT(GPTConfig(**shape, vocab_size=50304 if bins.tokenizer == 'gpt2' else bins.vocab_size))
+        raw_model = GPT(GPTConfig(**shape, vocab_size=bins.model_vocab_size))
     elif resumed:
         stored = ckpt.to_resume(out_dir, config, bins.digests, say)
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
@@ -137,7 +137,7 @@ try:
 except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
-if bins.vocab_size > vocab_size or (bins.tokenizer == 'char' and bins.vocab_size != vocab_size):
+if bins.vocab_size > vocab_size or (bins.vocab_size == bins.model_vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if resumed and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')

@@ -13,6 +13,7 @@ training, and any number of processes sees the same data.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -42,35 +43,39 @@ def _write_index(folder: str, index: dict) -> None:
     os.replace(path + '.tmp', path)
 
 
-def write(folder: str, tokenizer, **splits: Iterable[np.ndarray]) -> dict:
+def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), **splits: Iterable[np.ndarray]) -> dict:
     """
-    Write the bins of a dataset: one split per keyword, each an iterable of arrays of token ids, which is consumed once
-    and never held whole. tokenizer: a codec, for its vocabulary. Readers refuse the folder from here until all of it
-    is complete. Returns the index that bins.json holds. DataError for an id outside the vocabulary or a full disk.
+    Write the bins of a dataset: one split per keyword, each an iterable of arrays of token ids, or train and val
+    `mixed`, as pairs of a split's name and an array. Each is consumed once and never held whole. tokenizer: a codec,
+    for its vocabulary. Readers refuse the folder from here until all of it is complete. Returns the index in bins.json.
+    DataError for an id outside the vocabulary, a full disk, or a folder that another process writes.
     """
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
+    mixed = itertools.chain(mixed, ((split, ids) for split, arrays in splits.items() for ids in arrays))
+    meta, splits = os.path.join(folder, 'meta.pkl'), list(splits) or ['train', 'val']
+    names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * hasattr(tokenizer, 'meta')
     index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
              'dtype': dtype, 'meta_sha256': None, 'splits': {}}
-    meta = os.path.join(folder, 'meta.pkl')
-    names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * (tokenizer.name == 'char')
     os.makedirs(folder, exist_ok=True)
     lock(folder, 'wait for its end')
     with contextlib.ExitStack() as stack, writing(*names, os.path.join(folder, 'bins.json')):
         stack.callback(unlock, folder)
         _write_index(folder, index)
-        for (split, arrays), name in zip(splits.items(), names):
-            count, digest = 0, hashlib.sha256()
-            with open(name + '.tmp', 'wb') as f:
-                for ids in map(np.asarray, arrays):
-                    bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
-                    if len(bad):
-                        raise DataError(f'{split}: token id {bad[0]}, vocabulary {tokenizer.vocab_size}')
-                    raw = ids.astype(DTYPES[dtype]).tobytes()
-                    f.write(raw)
-                    digest.update(raw)
-                    count += len(ids)
-                _sync(f)
-            index['splits'][split] = {'tokens': count, 'sha256': digest.hexdigest()}
+        files = {split: stack.enter_context(open(name + '.tmp', 'wb')) for split, name in zip(splits, names)}
+        counts, digests = dict.fromkeys(splits, 0), {split: hashlib.sha256() for split in splits}
+        for split, ids in mixed:
+            ids = np.asarray(ids)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
+                raise DataError(f'{split}: token id {bad}, vocabulary {tokenizer.vocab_size}')
+            raw = ids.astype(DTYPES[dtype]).tobytes()
+            files[split].write(raw)
+            digests[split].update(raw)
+            counts[split] += len(ids)
+        for split, file in files.items():
+            _sync(file)
+            file.close()
+            index['splits'][split] = {'tokens': counts[split], 'sha256': digests[split].hexdigest()}
         if meta in names:
             raw = pickle.dumps(tokenizer.meta(), protocol=4)
             with open(meta + '.tmp', 'wb') as f:
@@ -120,9 +125,10 @@ def _read_index(folder: str, prepare: str) -> dict:
         raise DataError(f'{path} cannot be read ({type(e).__name__}): run {prepare} again') from e
     try:
         size, meta = index['vocab_size'], index['meta_sha256']
-        gpt2 = (index['tokenizer'], size, meta) == ('gpt2', codec.GPT2Codec.vocab_size, None)
-        char = index['tokenizer'] == 'char' and type(size) is int and size > 0 and (meta is None or type(meta) is str)
-        right = ((gpt2 or char) and index['dtype'] in DTYPES
+        own = index['tokenizer'] in ('char', 'tokens')  # then meta.pkl holds them
+        size_of_gpt2 = codec.BPECodec.vocab_size if index['tokenizer'] == 'gpt2' else size
+        right = (type(index['tokenizer']) is str and type(size) is int and 0 < size == size_of_gpt2
+                 and (meta is None or own and type(meta) is str) and index['dtype'] in DTYPES
                  and (not index['finished'] or {'train', 'val'} <= set(index['splits']))
                  and all(type(e['tokens']) is int and type(e['sha256']) is str for e in index['splits'].values()))
     except (KeyError, TypeError, AttributeError):
@@ -152,13 +158,16 @@ class Bins:
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
+        own = self.tokenizer in ('char', 'tokens')
+        # of a model for it: 50257 becomes 50304, a multiple of 64, which GPUs multiply faster
+        self.model_vocab_size = self.vocab_size if own else -(-self.vocab_size // 64) * 64
         self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
-        self.files = {}
+        self.files, self.known = {}, self.vocab_size  # ids from `known` on are a surprise
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
     def _codec_state(self, index: dict) -> dict:
-        if self.tokenizer == 'gpt2':
-            return {'tokenizer': 'gpt2'}
+        if self.tokenizer not in ('char', 'tokens'):
+            return {'tokenizer': self.tokenizer}
         path = os.path.join(self.folder, 'meta.pkl')
         if not os.path.exists(path):
             raise DataError(f'{path} is missing: run {self.prepare} again')
@@ -167,8 +176,7 @@ class Bins:
                 raise DataError(f'{path} is not the file that bins.json describes: {self.mend}')
         chars = codec.read_meta(path)
         if chars.vocab_size != self.vocab_size:
-            raise DataError(f'{path} has {chars.vocab_size} characters, not {self.vocab_size}: '
-                            f'run {self.prepare} again')
+            raise DataError(f'{path} has {chars.vocab_size} tokens, not {self.vocab_size}: run {self.prepare} again')
         return chars.state()
 
     def _open(self, split: str, index: dict) -> np.ndarray:
@@ -199,10 +207,13 @@ class Bins:
         windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)
         offsets = (raw % np.uint64(len(windows))).astype(np.int64)
         rows = windows[offsets]  # (n, block_size + 1)
-        if rows.max(initial=0) >= self.vocab_size:
-            r, t = np.argwhere(rows >= self.vocab_size)[0]
-            raise DataError(f'{path} holds token id {rows[r, t]} at offset {offsets[r] + t:,}; vocab_size is '
-                            f'{self.vocab_size}: run {self.prepare} again', one_rank=True)
+        if (most := rows.max(initial=0)) >= self.known:
+            r, t = np.argwhere(rows == most)[0]
+            found = f'{path} holds token id {most} at offset {offsets[r] + t:,}; vocab_size is {self.vocab_size}'
+            if most >= self.model_vocab_size:
+                raise DataError(f'{found}: run {self.prepare} again', one_rank=True)
+            self.known = self.model_vocab_size
+            print(f'note: {found}, but the model has room for it')
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
     def train_batch(self, seed: int, step: int, part: int, parts: int,

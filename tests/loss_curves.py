@@ -32,7 +32,7 @@ OPTIONS = ['--gradient_accumulation_steps=1', '--batch_size=12', '--max_iters=10
 def write_text(folder: str, tokens: int) -> None:
     """Bins of the standard library's and the installed packages' sources, cut off at so many GPT-2 tokens."""
     from data import bins, codec
-    gpt2, made, parts = codec.GPT2Codec(), 0, []
+    gpt2, made, parts = codec.BPECodec(), 0, []
     roots = sysconfig.get_path('stdlib'), sysconfig.get_path('purelib')
     paths = sorted({path for root in roots for path in glob.glob(os.path.join(root, '**', '*.py'), recursive=True)})
     random.Random(0).shuffle(paths)

@@ -16,7 +16,7 @@ import torch
 
 from data import DataError, bins
 from data.bins import Bins
-from data.codec import CharCodec, GPT2Codec
+from data.codec import BPECodec, CharCodec
 
 from .conftest import ROOT
 
@@ -79,7 +79,7 @@ def test_format_on_disk(tmp_path):
 def test_gpt2_bins_have_no_meta(tmp_path):
     counting(tmp_path)
     assert (tmp_path / 'meta.pkl').exists()
-    counting(tmp_path, tokenizer=GPT2Codec())
+    counting(tmp_path, tokenizer=BPECodec())
     assert sorted(os.listdir(tmp_path)) == ['bins.json', 'train.bin', 'val.bin']
     data = Bins(str(tmp_path), 8)
     assert (data.tokenizer, data.vocab_size, data.state) == ('gpt2', 50257, {'tokenizer': 'gpt2'})
@@ -212,7 +212,7 @@ def test_meta_that_is_missing_or_of_another_dataset(tmp_path):
     assert refusal(tmp_path) == f'{tmp_path}/meta.pkl is missing: {again}'
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(CharCodec('abc').meta()))
     edit_index(tmp_path, meta_sha256=None)
-    assert refusal(tmp_path) == f'{tmp_path}/meta.pkl has 3 characters, not 1000: {again}'
+    assert refusal(tmp_path) == f'{tmp_path}/meta.pkl has 3 tokens, not 1000: {again}'
     (tmp_path / 'meta.pkl').write_bytes(b'')
     assert refusal(tmp_path).startswith(f'{tmp_path}/meta.pkl cannot be read (ValueError')
 
@@ -306,7 +306,7 @@ def test_killed_at_every_step_of_writing_a_dataset_is_old_or_refused_or_new(tmp_
         legacy(old, range(300), range(100), vocab_size=300)
     elif before == 'a finished dataset':
         counting(old, 300, 100)
-    counting(new, 400, 90, GPT2Codec())
+    counting(new, 400, 90, BPECodec())
     seen, n, status = [], 0, None
     while status != 0:
         folder = tmp_path / str(n)
@@ -325,7 +325,7 @@ def test_killed_at_every_step_of_writing_a_dataset_is_old_or_refused_or_new(tmp_
 
             try:
                 os.fsync, os.replace, os.remove = map(lethal, (os.fsync, os.replace, os.remove))
-                counting(folder, 400, 90, GPT2Codec())
+                counting(folder, 400, 90, BPECodec())
                 code = 0
             finally:
                 os._exit(code)
@@ -340,7 +340,7 @@ def test_killed_at_every_step_of_writing_a_dataset_is_old_or_refused_or_new(tmp_
             assert 'is unfinished, its prepare.py was interrupted' in str(e) or 'is half-written' in str(e)
             seen.append('refused')
         if n % 3 == 0:  # whatever is left, another prepare starts clean
-            counting(folder, 400, 90, GPT2Codec())
+            counting(folder, 400, 90, BPECodec())
             assert files(folder) == files(new)
         n += 1
     assert seen == sorted(seen, key=['old', 'refused', 'new'].index)

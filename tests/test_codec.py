@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data import DataError, codec
-from data.codec import CharCodec, GPT2Codec
+from data.codec import BPECodec, CharCodec
 
 from .conftest import ROOT, run
 
@@ -19,7 +19,7 @@ NOWHERE = 'http://127.0.0.1:9'  # a proxy that does not answer: no network, what
 
 @pytest.fixture(scope='module')
 def gpt2():
-    tokenizer = GPT2Codec()
+    tokenizer = BPECodec()
     try:
         tokenizer.encode('a')
     except DataError:
@@ -65,7 +65,7 @@ def test_lone_surrogates_do_not_stop_gpt2(gpt2):
 
 @pytest.mark.parametrize('bad', [50257, 50303, 65535, -1])
 def test_gpt2_names_an_id_without_text(gpt2, bad):
-    with pytest.raises(DataError, match=f'^token id {bad} is not in the GPT-2 vocabulary of 50257$'):
+    with pytest.raises(DataError, match=f'^token id {bad} is not in the vocabulary of gpt2, 50257$'):
         gpt2.decode([64, bad, 50400])
 
 
@@ -102,8 +102,8 @@ def test_a_document_of_100_mb(gpt2, unit, tokens_per_unit):
     """With spaces, and without any; measured in a process of its own."""
     code = f'''
 import resource, time
-from data.codec import GPT2Codec
-gpt2 = GPT2Codec()
+from data.codec import BPECodec
+gpt2 = BPECodec()
 gpt2.encode('a')
 text = {unit!r} * (100_000_000 // {len(unit)})
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -122,7 +122,7 @@ print(n, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).r
 def test_without_tokenizer_files_and_network(tmp_path):
     env = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(tmp_path),
            **dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), NOWHERE)}
-    done = run(sys.executable, '-c', 'from data.codec import GPT2Codec; GPT2Codec().encode("a")', cwd=ROOT, env=env)
+    done = run(sys.executable, '-c', 'from data.codec import BPECodec; BPECodec().encode("a")', cwd=ROOT, env=env)
     assert done.returncode == 2 and done.stdout == ''
     [line] = done.stderr.splitlines()
     for part in ('vocab.bpe', 'encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/',
@@ -135,7 +135,7 @@ def test_without_tokenizer_files_and_network(tmp_path):
 def test_bins_of_a_gpt2_dataset_need_no_tokenizer_files(tmp_path):
     code = ('import numpy as np, sys\nfrom data import bins, codec\n'
             'ids = np.arange(50, dtype=np.uint16)\n'
-            'bins.write(sys.argv[1], codec.GPT2Codec(), train=[ids], val=[ids])\n'
+            'bins.write(sys.argv[1], codec.BPECodec(), train=[ids], val=[ids])\n'
             'print(bins.Bins(sys.argv[1], 8).state, "tiktoken" in sys.modules)\n')
     env = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(tmp_path / 'none')}
     done = run(sys.executable, '-c', code, str(tmp_path / 'set'), cwd=ROOT, env=env)
@@ -176,7 +176,7 @@ def test_a_large_alphabet_is_never_wrapped(size, dtype):
 
 # -- state, meta.pkl ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('tokenizer', [GPT2Codec(), CharCodec('ab\u00e9')], ids=lambda t: t.name)
+@pytest.mark.parametrize('tokenizer', [BPECodec(), CharCodec('ab\u00e9')], ids=lambda t: t.name)
 def test_state_brings_the_codec_back(tokenizer):
     again = codec.from_state(tokenizer.state())
     assert type(again) is type(tokenizer) and again.state() == tokenizer.state()
@@ -186,8 +186,41 @@ def test_state_brings_the_codec_back(tokenizer):
 @pytest.mark.parametrize('state', [None, {}, [], 'gpt2', {'tokenizer': 'bert'}, {'tokenizer': 'char'},
                                    {'tokenizer': 'char', 'chars': ''}, {'tokenizer': 'char', 'chars': ['a']}], ids=str)
 def test_another_state_is_refused(state):
-    with pytest.raises(DataError, match='^the tokenizer stored here is unknown; expected gpt2 or char$'):
+    with pytest.raises(DataError, match='^the tokenizer stored here is unknown|^tokenizer bert: choose char, or'):
         codec.from_state(state)
+
+
+# -- tokens of one's own ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('meta, text, ids, back', [
+    ({'vocab_size': 5}, '3 0 4', [3, 0, 4], '3 0 4 '),
+    ({'vocab_size': 3, 'itos': {0: 'the', 1: ' ', 2: 'then'}}, 'then the', [2, 1, 0], 'then the'),
+    ({'vocab_size': 4, 'itos': ['a', 'b', '<stop>']}, 'ab<stop>', [0, 1, 2], 'ab<stop>'),
+    ({'vocab_size': 4, 'itos': {0: b'\xc3', 1: b'\xa9', 2: b't'}}, 'été', [0, 1, 2, 0, 1], 'été'),
+    ({'vocab_size': np.int64(2), 'itos': {np.int64(0): 'x', np.uint16(1): 'yy'}}, 'yyx', [1, 0], 'yyx'),
+    ({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}, 'a', [1], 'a'),
+    ({'vocab_size': 2, 'itos': ('n', 'é')}, 'éé', [1, 1], 'éé')],
+    ids=['ids', 'words', 'padded', 'bytes', 'numpy', 'twice', 'tuple'])
+def test_tokens_of_ones_own(tmp_path, meta, text, ids, back):
+    tokens = codec.read_meta(meta_pkl(tmp_path, meta))
+    assert tokens.vocab_size == meta['vocab_size'] and tokens.encode(text).tolist() == ids
+    assert tokens.decode(ids) == back == tokens.decode_bytes(ids).decode()
+    again = codec.from_state(tokens.state())
+    assert again.encode(text).tolist() == ids and again.decode(ids) == back and again.state() == tokens.state()
+    assert len(tokens.encode(tokens.default_prompt)) == 1
+
+
+def test_an_id_without_a_text_shows_its_number(tmp_path):
+    assert codec.read_meta(meta_pkl(tmp_path, {'vocab_size': 4, 'itos': ['a', 'bc']})).decode([1, 3, 0]) == 'bc<3>a'
+
+
+@pytest.mark.parametrize('meta, text, message', [
+    ({'vocab_size': 5}, '3 5', "'5' is no id: this dataset has 5, and no text for any"),
+    ({'vocab_size': 5}, 'hello', "'hello' is no id"),
+    ({'vocab_size': 2, 'itos': ['ab', 'c']}, 'abcbcab', "no token is at the beginning of 'bcab'")])
+def test_text_that_own_tokens_do_not_have(tmp_path, meta, text, message):
+    with pytest.raises(DataError, match=message):
+        codec.read_meta(meta_pkl(tmp_path, meta)).encode(text)
 
 
 def meta_pkl(folder, content) -> str:
@@ -223,22 +256,20 @@ GOOD = pickle.dumps(CharCodec('abc').meta())
     (GOOD[:len(GOOD) // 2], 'cannot be read ('),
     (b'hello, I am no pickle', 'cannot be read ('),
     (b'\0' * 1000, 'cannot be read ('),
-    (42, 'has no vocab_size or no itos'),
-    ([1, 2], 'has no vocab_size or no itos'),
-    ({'itos': {0: 'a'}, 'stoi': {'a': 0}}, 'has no vocab_size or no itos'),
-    ({'vocab_size': 1}, 'has no vocab_size or no itos'),
-    ({'vocab_size': '1', 'itos': {0: 'a'}}, 'has no vocab_size or no itos'),
-    ({'vocab_size': True, 'itos': {0: 'a'}}, 'has no vocab_size or no itos'),
-    ({'vocab_size': 0, 'itos': {}}, 'has no vocab_size or no itos'),
-    ({'vocab_size': 1, 'itos': ['a']}, 'has no vocab_size or no itos'),
-    ({'vocab_size': 2, 'itos': {0: 'a'}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 1, 'itos': {0: 'a', 1: 'b'}}, 'does not give one character to each of 1 ids'),
-    ({'vocab_size': 2, 'itos': {0: 'a', 2: 'b'}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 2, 'itos': {0: 'a', 1: 'bc'}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 2, 'itos': {0: 'a', 1: 7}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 2, 'itos': {0: 'a', 'b': 'b'}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}, 'does not give one character to each of 2 ids'),
-    ({'vocab_size': 1 << 60, 'itos': {0: 'a'}}, f'does not give one character to each of {1 << 60} ids')], ids=ascii)
+    (42, 'has no vocab_size'),
+    ([1, 2], 'has no vocab_size'),
+    ({'itos': {0: 'a'}, 'stoi': {'a': 0}}, 'has no vocab_size'),
+    ({'vocab_size': '1', 'itos': {0: 'a'}}, 'has no vocab_size'),
+    ({'vocab_size': True, 'itos': {0: 'a'}}, 'has no vocab_size'),
+    ({'vocab_size': 0, 'itos': {}}, 'has no vocab_size'),
+    ({'vocab_size': 1 << 60, 'itos': {0: 'a'}}, 'has no vocab_size below 2^24'),
+    ({'vocab_size': 2, 'itos': 'ab'}, 'has no vocab_size below 2^24, or an itos that is no dict or list'),
+    ({'vocab_size': 1, 'itos': {0: 'a', 1: 'b'}}, 'gives texts to ids that are not below vocab_size=1, or no texts'),
+    ({'vocab_size': 2, 'itos': {0: 'a', 2: 'b'}}, 'gives texts to ids that are not below vocab_size=2'),
+    ({'vocab_size': 2, 'itos': {0: 'a', 'b': 'b'}}, 'gives texts to ids that are not below vocab_size=2'),
+    ({'vocab_size': 2, 'itos': {0: 'a', 1: 7}}, 'gives texts to ids that are not below vocab_size=2, or no texts'),
+    ({'vocab_size': np.float64(2), 'itos': {}}, 'cannot be read (UnpicklingError: a number of numpy is no integer'),
+    ({'vocab_size': 2, 'itos': {0: 'a', 1: np.array([1])}}, 'cannot be read (UnpicklingError: numpy')], ids=ascii)
 def test_a_bad_meta_says_to_prepare_again(tmp_path, content, message):
     path = meta_pkl(tmp_path, content)
     with pytest.raises(DataError) as e:
@@ -269,26 +300,3 @@ def test_code_in_meta_is_not_run(tmp_path, wrap, protocol):
     with pytest.raises(DataError, match=r'io\.open is not allowed here\): run .*prepare\.py again$'):
         codec.read_meta(meta_pkl(tmp_path, raw))
     assert not left.exists()
-
-
-# -- reading text ---------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('raw, text', [
-    ('na\u00efve\n'.encode(), 'na\u00efve\n'), (b'a\r\nb\n', 'a\nb\n'),
-    (b'\xef\xbb\xbfa', 'a'), (b'a\xef\xbb\xbf', 'a\ufeff')])
-def test_read_text(tmp_path, capsys, raw, text):
-    path = tmp_path / 'input.txt'
-    path.write_bytes(raw)
-    assert codec.read_text(str(path), 'http://nowhere', '0' * 64) == (text, False)
-    assert capsys.readouterr().out == f'note: {path} is not the published text; going on with it as it is\n'
-
-
-@pytest.mark.parametrize('raw, byte, offset', [
-    (b'ab\xffcd', 'ff', '2'), (b'x' * 12345 + b'\xe9t\xe9', 'e9', '12,345'), (b'ab\xc3', 'c3', '2'),
-    (b'\xef\xbb\xbfab\xffcd', 'ff', '5')], ids=['byte', 'far', 'cut', 'after a byte order mark'])
-def test_text_that_is_not_utf8_names_the_byte(tmp_path, raw, byte, offset):
-    path = tmp_path / 'input.txt'
-    path.write_bytes(raw)
-    with pytest.raises(DataError) as e:
-        codec.read_text(str(path), 'http://nowhere', '0' * 64)
-    assert str(e.value) == f'{path} is not UTF-8: byte 0x{byte} at offset {offset}'

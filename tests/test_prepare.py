@@ -43,7 +43,7 @@ def prepare(folder, monkeypatch) -> None:
 
 def need_gpt2() -> None:
     try:
-        codec.GPT2Codec().encode('a')
+        codec.BPECodec().encode('a')
     except DataError:
         pytest.skip('needs the tokenizer files of GPT-2')
 
@@ -93,7 +93,7 @@ def test_own_text_in_gpt2_tokens(folder, monkeypatch, capsys):
     (here / 'input.txt').write_text(OWN, encoding='utf-8')
     prepare(here, monkeypatch)
     assert capsys.readouterr().out.startswith(f'note: {here}/input.txt is not the published text;')
-    bpe, cut = codec.GPT2Codec().bpe, int(0.9 * len(OWN))
+    bpe, cut = codec.BPECodec().bpe, int(0.9 * len(OWN))
     for split, part in (('train', OWN[:cut]), ('val', OWN[cut:])):
         assert np.fromfile(here / f'{split}.bin', '<u2').tolist() == bpe.encode_ordinary(part)
     assert sorted(os.listdir(here)) == ['bins.json', 'input.txt', 'prepare.py', 'train.bin', 'val.bin']
@@ -182,10 +182,10 @@ HASH = hashlib.sha256(OWN.encode()).hexdigest()
 
 def test_fetched(server, tmp_path, capsys):
     path = tmp_path / 'input.txt'
-    assert codec.read_text(str(path), f'{server}/text', HASH) == (OWN, True)
+    assert codec.fetched(str(path), f'{server}/text', HASH)
     assert capsys.readouterr().out == f'fetching {server}/text\n'
     assert path.read_bytes() == OWN.encode() and os.listdir(tmp_path) == ['input.txt']
-    assert codec.read_text(str(path), 'http://nowhere', HASH) == (OWN, True)
+    assert codec.fetched(str(path), 'http://nowhere', HASH)
     assert capsys.readouterr().out == ''
 
 
@@ -195,7 +195,7 @@ def test_fetched(server, tmp_path, capsys):
 def test_a_failed_download_leaves_nothing_behind(server, tmp_path, page, sha, why):
     path = tmp_path / 'input.txt'
     with pytest.raises(DataError) as e:
-        codec.read_text(str(path), f'{server}/{page}', sha)
+        codec.fetched(str(path), f'{server}/{page}', sha)
     assert str(e.value).startswith(f'{path} could not be fetched ({why}')
     assert str(e.value).endswith(f'Without network: save {server}/{page} there by other means, '
                                  'or any UTF-8 text of your own, and run this again')
@@ -204,7 +204,7 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path, page, sha, wh
 
 def test_a_folder_that_cannot_be_written(server, tmp_path):
     with pytest.raises(DataError, match=r'nowhere/input\.txt could not be fetched \(FileNotFoundError: '):
-        codec.read_text(str(tmp_path / 'nowhere' / 'input.txt'), f'{server}/text', HASH)
+        codec.fetched(str(tmp_path / 'nowhere' / 'input.txt'), f'{server}/text', HASH)
 
 
 # -- OpenWebText ----------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_openwebtext_from_local_parquet(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(here)) == ['bins.json', 'prepare.py', 'train.bin', 'val.bin']
 
-    bpe, found = codec.GPT2Codec().bpe, {}
+    bpe, found = codec.BPECodec().bpe, {}
     for split in ('train', 'val'):
         ids = np.fromfile(here / f'{split}.bin', '<u2')
         ends = np.flatnonzero(ids == EOT)
@@ -248,8 +248,10 @@ def test_openwebtext_from_local_parquet(folder, tmp_path):
     assert {split: len(parts) for split, parts in found.items()} == {'train': 3998, 'val': 2}
     wanted = [bpe.encode_ordinary(text) for text in documents]
     assert sorted(found['train'] + found['val']) == sorted(wanted), 'every document once, and its text stays text'
-    in_order = [ids for ids in wanted if ids not in found['val']]
-    assert found['train'] != in_order, 'shuffled'
+    permutation = np.random.default_rng(2357).permutation(4000)  # what datasets' train_test_split does
+    held = sorted(permutation[:2])
+    assert found['val'] == [wanted[i] for i in held], 'the documents of the original'
+    assert found['train'] == [ids for i, ids in enumerate(wanted) if i not in held]
     index = json.loads((here / 'bins.json').read_text(encoding='utf-8'))
     assert (index['tokenizer'], index['vocab_size'], index['dtype']) == ('gpt2', 50257, 'uint16')
     assert index['splits'] == {split: {'tokens': (here / f'{split}.bin').stat().st_size // 2,
@@ -276,7 +278,7 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
         else:
             last = done.stderr.splitlines()[-1]
             assert done.returncode == 2 and last.startswith(f'{tmp_path / name}') and 'Traceback' not in done.stderr
-            assert 'need a column `text`' in last
+            assert 'has no column text, but content: choose one with --field' in last
 
 
 @pytest.mark.parametrize('name', ['pydoc_char', pytest.param('shakespeare', marks=pytest.mark.slow),
@@ -307,10 +309,11 @@ def test_a_dataset_that_is_a_link(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_openwebtext_is_the_same_when_run_twice(folder, tmp_path):
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
+def test_it_is_the_same_when_run_twice(folder, tmp_path, name):
     need_gpt2()
     parquet(tmp_path / 'parquet', [f'document {i}' * (i % 7) for i in range(4000)])
-    here, seen = folder('openwebtext'), []
+    here, seen = folder(name), []
     for home in ('one', 'two'):
         done = openwebtext(here, tmp_path / home, str(tmp_path / 'parquet'))
         assert done.returncode == 0, done.stderr
@@ -324,7 +327,8 @@ def test_openwebtext_without_parquet_or_network(folder, tmp_path):
     here = folder('openwebtext')
     (tmp_path / 'empty').mkdir()
     done = openwebtext(here, tmp_path / 'home', str(tmp_path / 'empty'))
-    assert (done.returncode, done.stderr) == (2, f'no *.parquet below {tmp_path / "empty"}\n')
+    assert (done.returncode, done.stderr) == (
+        2, f'{tmp_path / "empty"}: no such file, or no .txt, .md, .jsonl, .ndjson, .parquet (.gz, .zst) in it\n')
     assert os.listdir(here) == ['prepare.py']
 
 

@@ -13,7 +13,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the repo; with links, it may also stand here:
 sys.path += [os.path.dirname(os.path.dirname(path)) for path in (os.path.realpath(HERE), os.environ.get('PWD', HERE))]
 try:
-    from data import bins, codec
+    from data.codec import fetched
+    from data.prepare import prepare
 except ImportError:
     sys.exit(f'{HERE} is neither in the repo nor linked from it: set PYTHONPATH to the folder of train.py')
 
@@ -22,8 +23,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 BINS = {'train': '502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f',
         'val': '68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b'}
 
-text, published = codec.read_text(os.path.join(HERE, 'input.txt'), URL, SHA256)
-gpt2 = codec.GPT2Codec()
-cut = int(0.9 * len(text))
-index = bins.write(HERE, gpt2, train=[gpt2.encode(text[:cut])], val=[gpt2.encode(text[cut:])])
-bins.report(index, len(text), BINS if published else None)
+if __name__ == '__main__':
+    path = os.path.join(HERE, 'input.txt')
+    published = fetched(path, URL, SHA256)
+    prepare(HERE, [path], 'gpt2', expected=BINS if published else None)

@@ -1,0 +1,136 @@
+"""
+Your own texts as a dataset, the bins that train.py reads:
+
+    python data/prepare.py mine my.txt                                   one file: its last tenth becomes val
+    python data/prepare.py mine folder/ more.jsonl.gz '2024/*.parquet'   folders and globs, too
+    python data/prepare.py mine my.txt --tokenizer=char                  one token a character, for small models
+
+Plain text is .txt and .md, one document a file; .jsonl and .parquet hold many, each in the field `text`; all may be
+packed as .gz or .zst. The dataset is the folder data/mine, or a path with a slash. What was killed starts again.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+
+REPO = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path[:0] = [REPO] * (REPO not in sys.path)
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data import DataError, codec  # noqa: E402
+from data import documents as docs  # noqa: E402
+
+
+def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float = 0.1, seed: int = 1337,
+            field: str = 'text', documents: bool | None = None, num_proc: int | None = None, limit: int | None = None,
+            is_val=None, empty: bool = False, expected: dict | None = None) -> dict:
+    """
+    Write the bins of all documents in `paths`, see documents.pieces(). documents: whether <|endoftext|>, or an empty
+    line for characters, ends each; by default where there are several. empty: also those without text, which are left
+    out otherwise. Returns what bins.json holds, and `found`: documents and characters. Raises DataError, also if the
+    sha256 of the bins are not those expected.
+    """
+    files = docs.files_of(paths)
+    plain = all(docs.kind(path) == docs.TEXT for path in files)
+    is_val = is_val or (None if plain else docs.random_share(val, seed))
+    total, found = sum(map(os.path.getsize, files)), {'documents': 0, 'characters': 0}
+    num_proc = num_proc or min(os.cpu_count(), 1 + total // (4 * docs.PIECE))
+    documents = not (plain and len(files) == 1) if documents is None else documents
+
+    def each(work, title, **given):
+        with tqdm(total=total, unit='B', unit_scale=True, desc=title, delay=1) as bar:
+            source = docs.pieces(files, field, val, is_val, limit)
+            for result, piece in docs.by_all_cores(work, source, {'field': field, 'empty': empty, **given}, num_proc):
+                yield result
+                bar.update(round(piece.position) - bar.n)
+                bar.set_postfix({key: f'{n:,}' for key, n in found.items()}, refresh=False)
+
+    if tokenizer == 'char':
+        codes = codec.CharCodec.of(''.join({'\n' * documents}.union(*each(docs.characters_of, 'characters'))))
+        end = codes.encode('\n\n' * documents)
+    else:
+        codes = codec.BPECodec(tokenizer)
+        codes.encode('')  # if it cannot be had, that should be known before all else
+        end = np.array([codes.end_of_text])
+
+    def ids():
+        for splits, n, size in each(docs.ids_of, 'tokens', tokenizer=codes, end=end if documents else None):
+            found.update(documents=found['documents'] + n, characters=found['characters'] + size)
+            yield from splits.items()
+
+    stream = ids()
+    first = list(itertools.islice(stream, 1))  # all cores are at work while torch is imported
+    from data import bins
+    index = bins.write(folder, codes, itertools.chain(first, stream))
+    bins.report(index, found['characters'], expected)
+    return {**index, 'found': found}
+
+
+def from_hub(folder: str, repo: str, pattern: str, revision: str | None = None, documents: int | None = None,
+             tokens: dict | None = None) -> None:
+    """A published dataset of parquet files, or those below the folder that the command line names. DataError if there
+    are not as many documents and tokens as expected. With `documents` val is the original's of OpenWebText."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('folder', nargs='?')
+    parser.add_argument('--limit', type=int)
+    given = parser.parse_args()
+    codec.BPECodec().encode('')  # if it cannot be had, that should be known before the download
+    if given.folder is None:
+        from huggingface_hub import snapshot_download
+        try:
+            path = snapshot_download(repo, repo_type='dataset', revision=revision, allow_patterns=pattern)
+        except Exception as e:  # no network, no such repo, no space, each its own
+            raise DataError(f'{repo} could not be fetched ({type(e).__name__}). Without network: fetch its parquet '
+                            'files elsewhere and run this with their FOLDER') from e
+    paths = [f for f in docs.files_of([given.folder or path]) if docs.kind(f) == docs.PARQUET]
+    if (n := docs.count_rows(paths)) < 2:
+        raise DataError(f'{given.folder} holds {n} documents in parquet: it takes two, to train and to validate')
+    is_val = docs.of_permutation(0.0005, 2357, n) if documents else docs.random_share(0.0005, 2357)
+    index = prepare(folder, paths, limit=given.limit, is_val=is_val, empty=True)
+    if not given.folder and not given.limit and tokens and (n, tokens) != (
+            documents, {k: e['tokens'] for k, e in index['splits'].items()}):
+        raise DataError(f'expected {documents:,} documents, {tokens}: the source or the tokenizer has changed')
+
+
+def advice(index: dict, name: str) -> str:
+    """The two commands to run next, with a config that fits, and how often that one reads the text."""
+    train, val = (index['splits'][split]['tokens'] for split in ('train', 'val'))
+    config, block, tokens = 'train_gpt2', 1024, 600_000 * 480 * 1024
+    if index['tokenizer'] == 'char':
+        config, block, tokens = 'train_shakespeare_char', 256, 5000 * 64 * 256
+    elif train < 100_000_000:
+        config, tokens = 'finetune_shakespeare', 20 * 32 * 1024
+    fits = min(train, val) - 1
+    if fits < 8:
+        return f'train has {train} tokens and val {val}: too few to train on; add text, or take a larger --val'
+    options = f'--dataset={name} --out_dir=out-{os.path.basename(name)}' + f' --block_size={fits}' * (fits < block)
+    return (f'config/{config}.py reads {tokens:,} tokens, {tokens / train:,.1f} times this text\n\n'
+            f'    python train.py config/{config}.py {options}\n'
+            f'    python sample.py --out_dir=out-{os.path.basename(name)}')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', help='of the dataset, a folder in data/; or a path to one, with a slash')
+    parser.add_argument('paths', nargs='+', help='files, folders, globs')
+    parser.add_argument('--tokenizer', default='gpt2', help='gpt2, char, or another encoding of tiktoken by its name')
+    parser.add_argument('--field', default='text', help='of a record in .jsonl, or column in .parquet')
+    parser.add_argument('--val', type=float, default=0.1, help='share held back: the end of plain text, else documents')
+    parser.add_argument('--seed', type=int, default=1337, help='which documents are held back')
+    parser.add_argument('--documents', type=lambda text: text.lower() in ('true', '1'), metavar='True|False',
+                        help='<|endoftext|>, or an empty line for characters, ends each; default: if there are several')
+    parser.add_argument('--num_proc', type=int, help='processes that tokenize; default: all cores')
+    parser.add_argument('--limit', type=int, help='read so many documents only')
+    given = vars(parser.parse_args())
+    name = given.pop('name')
+    if not 0 < given['val'] < 1 or any(n is not None and n < 1 for n in (given['num_proc'], given['limit'])):
+        parser.error('--val must lie between 0 and 1, --num_proc and --limit be at least 1')
+    folder = name if os.sep in name else os.path.join(REPO, 'data', name)
+    if os.path.exists(os.path.join(folder, 'prepare.py')):
+        raise DataError(f'{folder} has a prepare.py of its own: choose another name')
+    if os.path.exists(os.path.join(folder, 'train.bin.tmp')):
+        print(f'note: an earlier run in {folder} was not finished; starting again')
+    index = prepare(folder, **given)
+    print(f'{index["found"]["documents"]:,} documents in {os.path.relpath(folder)}', advice(index, name), sep='\n')
