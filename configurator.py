@@ -35,8 +35,7 @@ def fail(*problems):
     """End the script for a user's mistake: one line per problem on stderr, exit code 2."""
     who = os.path.basename(_script) + ('' if _first_rank else f', rank {os.environ["RANK"]}')
     time.sleep(0 if _first_rank else 2)  # torchrun ends all as soon as one ends: what the first met, too, it has said
-    for problem in problems:
-        print(f'{who}: {problem}', file=sys.stderr)
+    print(*(f'{who}: {problem}' for problem in problems), sep='\n', file=sys.stderr)
     sys.exit(2)
 
 
@@ -79,9 +78,8 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
     elif not there[kind]:
         need(False, f'device={device} is not available here; try --device=auto or --device=cpu')
     elif ':' in device:
-        count = torch.cuda.device_count()
-        need(kind == 'cuda' and number.isdecimal() and int(number) < count,
-             f'device={device}: there are {count} GPUs, counted from cuda:0')
+        need(kind == 'cuda' and number.isdecimal() and int(number) < torch.cuda.device_count(),
+             f'device={device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0')
     need(dtype in ('auto', 'float32', 'bfloat16', 'float16'),
          f'dtype={dtype}: choose auto, float32, bfloat16 or float16')
     need(dtype != 'float16' or kind not in ('cpu', 'mps'),
@@ -168,6 +166,8 @@ def _run_file(name):
         hint = f'; an option is set with --{option}=value' if option else '; options are written --key=value'
         hint = f'; did you mean {there}?' if os.path.isfile(os.path.join(os.path.dirname(_script), there)) else hint
         return need(False, f'{_shown(name)}: no such config file{hint}')
+    if name.endswith(('.yaml', '.yml', '.json', '.toml')):
+        return need(False, f'{_shown(name)}: a config file is Python, with a line for each option: batch_size = 12')
     scope = {**config, '__file__': os.path.abspath(path), '__name__': 'config'}
     try:
         with open(path, encoding='utf-8-sig') as f:
@@ -178,9 +178,8 @@ def _run_file(name):
         line = e.lineno if isinstance(e, SyntaxError) and e.filename == path else lines[-1] if lines else 1
         what = _shown(e.msg if isinstance(e, SyntaxError) else str(e))
         return need(False, f'{name}, line {line}: {type(e).__name__}: {what}')
-    for node in tree.body:
-        if isinstance(node, ast.If) and '__main__' in ast.unparse(node.test) and _first_rank:
-            print(f'note: {name}, line {node.lineno}: a config file is not run as __main__, so this is skipped')
+    if _first_rank and any('__main__' in ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)):
+        print(f'note: {name}: a config file is not run as __main__, what stands under that is skipped')
     line_of = {node.id: node.lineno for node in ast.walk(tree)
                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for key, value in scope.items():
@@ -247,4 +246,5 @@ if any(_word == '--help' or (_word == '-h' and not re.fullmatch('--[^=]+', _befo
     _show_help()
 _run_words(sys.argv[1:])
 end_if_wrong()
+config.update({_key: os.path.expanduser(config[_key]) for _key in {'out_dir', 'dataset', 'init_from'} & set(config)})
 globals().update(config)

@@ -245,12 +245,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict[str, torch.Tensor]) -> 'GPT':
-        """A model on the CPU, built on the tensors of a state dict (no copies if they are float32). `_orig_mod.` of
-        compiled models and stored attention masks are left out. Raises ValueError naming what does not fit."""
+        """A model on the CPU, built on the tensors of a state dict (no copies if they are float32). `_orig_mod.` and
+        `module.` of wrapped models and attention masks are left out. Raises ValueError naming what does not fit."""
         with torch.device('meta'):  # names and shapes, but no memory
             model = cls(config)
         own = model.state_dict()
-        state = {k.removeprefix('_orig_mod.'): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        state = {k.replace('_orig_mod.', '').removeprefix('module.'): v for k, v in state.items() if hasattr(v, 'ndim')}
         state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         if 'transformer.wte.weight' in state:  # some writers leave the tied matrix out
             state.setdefault('lm_head.weight', state['transformer.wte.weight'])

@@ -52,7 +52,7 @@ need(0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63')
 device, dtype = resolve(device, dtype)
 if start.startswith('FILE:'):
     try:
-        with open(start[5:], encoding='utf-8-sig') as f:
+        with open(os.path.expanduser(start[5:]), encoding='utf-8-sig') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         need(False, f'start=FILE:{start[5:]}: {getattr(e, "strerror", None) or "is not UTF-8"}')

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import pickle
 from collections.abc import Iterable, Iterator
@@ -194,9 +195,16 @@ class Bins:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
         self.files[split] = open(path, 'rb')
+        head = self.files[split].read(1024) if not entry['sha256'] else b''
+        every_second = np.frombuffer(head[:len(head) // 4 * 4], '<u2')[1::2]
+        if head.startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or (len(every_second) > 16 and not every_second.any()):
+            raise DataError(f'{path} does not look like uint16 token ids: int32 or int64, or with a header? Write them '
+                            'by numpy.array(ids, numpy.uint16).tofile(...), or by data.bins.write')
         tokens = np.memmap(self.files[split], DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')
+        if hasattr(mmap, 'MADV_RANDOM'):  # sequences lie anywhere: reading ahead would fetch 30 times as much
+            tokens._mmap.madvise(mmap.MADV_RANDOM)
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,6 +227,8 @@ class Bins:
     def train_batch(self, seed: int, step: int, part: int, parts: int,
                     batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Micro-batch `part` of the `parts` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
+        if step % 256 == 0 and hasattr(mmap, 'MADV_DONTNEED'):  # or all pages ever read would stay in this process
+            self.tokens['train']._mmap.madvise(mmap.MADV_DONTNEED)
         raw = draw(parts * batch_size, seed, 'train', step)
         return self._sequences('train', raw[part * batch_size:(part + 1) * batch_size])
 

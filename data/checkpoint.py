@@ -1,7 +1,9 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
+import errno
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,7 +29,11 @@ def save(path: str, checkpoint: dict) -> None:
         os.replace(path + '.tmp', path)
         if hasattr(os, 'O_DIRECTORY'):  # the new name itself must survive a power cut too
             folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_DIRECTORY)
-            os.fsync(folder)
+            try:
+                os.fsync(folder)
+            except OSError as e:
+                if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot do that
+                    raise
             os.close(folder)
     except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
         with contextlib.suppress(OSError):
@@ -79,9 +85,10 @@ def load(path: str, mmap: bool = False) -> dict:
     try:
         if not zipfile.is_zipfile(path):
             with open(path, 'rb') as f:
-                pickled = f.read(1) == b'\x80'
-            old = '; if torch.load reads it, save it again: before torch 1.6 the format was another' if pickled else ''
-            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{old}{hint}')
+                head = f.read(1)
+            old = '; if torch.load reads it, save it again: before torch 1.6 the format was another'
+            known = {b'\x80': old, b'v': '; it may be a pointer of git-lfs: run git lfs pull'}
+            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{known.get(head, "")}{hint}')
         with zipfile.ZipFile(path) as z:
             stored = {entry.CRC for entry in z.infolist() if '/data/' in entry.filename}
             for entry in z.infolist():  # the pickle before anything is built from it
@@ -89,16 +96,18 @@ def load(path: str, mmap: bool = False) -> dict:
                     with z.open(entry) as f:
                         while f.read(1 << 20):  # the end of it raises if the checksum differs
                             pass
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        # mapped, a name that is no UTF-8 is an error to torch
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and path.isprintable())
         # torch reads the zip's headers its own way: what counts is that the bytes it came back with are those covered
         if _checksums(checkpoint) != stored:
             raise DataError(f'{path} ({size}) is damaged: its tensors do not match their checksums{hint}')
     except DataError:
         raise
     except Exception as e:  # a broken file raises nearly anything
-        if 'numpy' in str(e):
-            raise DataError(f'{path} was written with numpy scalars: load it where it was made, turn them into plain '
-                            'numbers, save it again') from e
+        if other := re.search(r'GLOBAL (\S+) ', str(e)):
+            what = 'numpy scalars' if 'numpy' in other[1] else other[1]
+            raise DataError(f'{path} holds {what}, which could run code and is not loaded: load it where it was made, '
+                            'turn that into plain values, save it again') from e
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -42,9 +43,9 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
 
 class Stop:
     """
-    Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT or SIGHUP, whose
-    terminal is gone, or because nobody reads what say() prints. A second signal ends it at once. Signals count between
-    listen() and forget(), which puts back what was there before; those that are ignored, as by nohup, stay so.
+    Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT, SIGUSR1 (Slurm warns
+    so) or SIGHUP (its terminal is gone), or because nobody reads what say() prints. A second signal ends it at once.
+    Signals count between listen() and forget(), which puts back what was there; those that are ignored stay so.
     """
 
     def __init__(self, speaks: bool):
@@ -63,8 +64,10 @@ class Stop:
             self.asked = True
 
     def listen(self) -> None:
-        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there Python takes signals; a run goes on without them
+        for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+            number = getattr(signal, name, None)  # Windows lacks two of them
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._on_signal)
 
@@ -130,7 +133,7 @@ def _before(path: str, resumed_at: int) -> list[str]:
     """The lines of an earlier log that stand before an update; a last line cut short by a kill is dropped too."""
     kept = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as f:
+        with open(path, encoding='utf-8-sig', errors='replace') as f:
             for line in f:
                 try:
                     record = json.loads(line)

@@ -478,3 +478,19 @@ def test_a_full_disk_while_preparing(tmp_path, name):
     with pytest.raises(DataError, match=r'could not be written \(No space left on device\): free some space'):
         bins.write(str(tmp_path), chars, train=[chars.encode('abc' * 9000)], val=[chars.encode('cab' * 9000)])
     assert os.listdir(tmp_path) == ['bins.json'] and not json.loads((tmp_path / 'bins.json').read_text())['finished']
+
+
+@pytest.mark.parametrize('dtype, header', [('<i4', b''), ('<i8', b''), ('<u2', b'\x93NUMPY\x01\x00'),
+                                           ('<u2', np.array([20240520, 1], '<i4').tobytes())],
+                         ids=['int32', 'int64', 'npy', "llm.c's header"])
+def test_token_ids_of_another_type_are_not_read_as_others(tmp_path, dtype, header):
+    """Without bins.json nothing says what a file holds. Read as uint16, every second id would be 0: a low loss."""
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}.bin').write_bytes(header + np.arange(1, 3001).astype(dtype).tobytes())
+    with pytest.raises(DataError, match=r'train\.bin does not look like uint16 token ids: int32 or int64, or'):
+        Bins(str(tmp_path), 8)
+
+
+def test_ids_that_are_0_are_uint16_too(tmp_path):
+    legacy(tmp_path, [0, 1] * 300, [1, 0, 2] * 100, vocab_size=300)
+    assert Bins(str(tmp_path), 8).tokens['train'][1] == 1

@@ -1,10 +1,13 @@
 """data/checkpoint.py: what is saved comes back, and nothing else ever loads."""
 
+import argparse
+import errno
 import math
 import os
 import pickle
 import random
 import re
+import stat
 import subprocess
 import sys
 import zipfile
@@ -54,6 +57,35 @@ def test_a_file_of_torch_before_1_6_is_named_for_what_it_is(tmp_path):
     torch.save(example(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
     assert refusal(tmp_path / 'ckpt.pt').endswith(
         'if torch.load reads it, save it again: before torch 1.6 the format was another')
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / 'ckpt.pt').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n')
+    assert refusal(tmp_path / 'ckpt.pt').endswith('; it may be a pointer of git-lfs: run git lfs pull')
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b'/\xe9t\xe9')
+    os.mkdir(folder)
+    ckpt.save(f'{folder}/ckpt.pt', example())
+    assert same(ckpt.load(f'{folder}/ckpt.pt', mmap=True), ckpt.load(f'{folder}/ckpt.pt'))
+
+
+@pytest.mark.parametrize('number, fails', [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch, number, fails):
+    """As some network disks; there is none here, so that its system call has to be played."""
+    def fsync(fd, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(fd)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    if fails:
+        with pytest.raises(DataError, match='Input/output error'):
+            ckpt.save(str(tmp_path / 'ckpt.pt'), example())
+    else:
+        ckpt.save(str(tmp_path / 'ckpt.pt'), example())
+    assert same(ckpt.load(str(tmp_path / 'ckpt.pt')), example())
 
 
 def test_weights_that_are_infinite_are_refused(tmp_path):
@@ -142,13 +174,14 @@ def test_a_zip_of_something_else(tmp_path):
     ({**example(), 'more': torch.eye(3).to_sparse()}, 'not a checkpoint'),
     ({**example(), 'more': torch.zeros(3, device='meta')}, 'not a checkpoint'),
     ({**example(), 'more': {(1, 2): 3}}, 'not a checkpoint'), ({**example(), 'more': {1, 2}}, 'not a checkpoint'),
-    ({**example(), 'more': np.float64(1)}, 'was written with numpy scalars'),
+    ({**example(), 'more': np.float64(1)}, 'holds numpy scalars, which could run code and is not loaded: load it'),
+    ({**example(), 'more': argparse.Namespace(a=1)}, 'holds argparse.Namespace, which could run code'),
     ({**example(), 'more': torch.zeros(1).expand(4)}, 'not a checkpoint'),
     ({**example(), 'more': torch.zeros(9).as_strided((4, 4), (1, 1))}, 'not a checkpoint'),
     ({**example(), 'more': torch.zeros(2, dtype=torch.complex64)}, 'not a checkpoint'),
     ({**example(), 'more': torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)}, 'not a checkpoint')],
-    ids=['list', 'tensor', 'empty', 'no model_args', 'sparse', 'meta', 'tuple key', 'set', 'numpy', 'expanded',
-         'overlapping', 'complex', 'quantized'])
+    ids=['list', 'tensor', 'empty', 'no model_args', 'sparse', 'meta', 'tuple key', 'set', 'numpy', 'namespace',
+         'expanded', 'overlapping', 'complex', 'quantized'])
 def test_other_contents_are_no_checkpoint(tmp_path, content, named):
     torch.save(content, tmp_path / 'ckpt.pt')
     assert named in refusal(tmp_path / 'ckpt.pt')
@@ -219,7 +252,7 @@ class Payload:
 def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
     marker, path = tmp_path / 'ran', tmp_path / 'ckpt.pt'
     torch.save({**example(), 'more': Payload(marker)}, path)
-    assert 'not a checkpoint' in refusal(path)
+    assert 'which could run code and is not loaded' in refusal(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # so the payload does work

@@ -542,8 +542,17 @@ def test_a_stranger_in_a_config_gets_a_note(toy, value):
 def test_what_stands_under_main_in_a_config_gets_a_note(toy):
     toy.file('seed = 2\nif __name__ == "__main__":\n    seed = 3\n')
     assert toy('my.py')['config'] == {**OPTIONS, 'seed': 2}
-    assert toy.out == ('note: my.py, line 2: a config file is not run as __main__, so this is skipped\n'
+    assert toy.out == ('note: my.py: a config file is not run as __main__, what stands under that is skipped\n'
                        'Overriding: seed = 2\n')
+
+
+@pytest.mark.parametrize('name, content', [('conf.yaml', 'batch_size: 2\n'), ('conf.json', '{"batch_size": 2}')])
+def test_a_config_of_another_kind(toy, name, content):
+    """Both are Python, too, and would do nothing."""
+    toy.file(content, name)
+    with pytest.raises(SystemExit):
+        toy(name)
+    assert toy.err == f'toy.py: {name}: a config file is Python, with a line for each option: batch_size = 12\n'
 
 
 @pytest.mark.parametrize('name', ['i', 'x', 'lr', 'tokens', 'block', 'weight_decay', 'BATCH'])

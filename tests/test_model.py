@@ -300,7 +300,8 @@ def test_peak_flops(monkeypatch, name, tflops):
 def test_from_state_gives_the_same_model():
     net, x = small(), ids(2, 16)
     for state in (net.state_dict(),
-                  {f'_orig_mod.{k}': v for k, v in net.state_dict().items()},
+                  *({f'{prefix}{k}': v for k, v in net.state_dict().items()} for prefix in (
+                      '_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.')),
                   {**net.state_dict(), **{f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 16, 16) for i in (0, 1)}},
                   {**net.state_dict(), 'transformer.h.0.attn.masked_bias': torch.tensor(-1e4)},
                   {k: v for k, v in net.state_dict().items() if k != 'lm_head.weight'}):

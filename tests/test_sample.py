@@ -303,7 +303,7 @@ def test_weights_of_characters_whose_dataset_is_gone(sample, out_dir):
 
 def test_a_stored_tokenizer_that_is_unknown(sample, out_dir):
     store(out_dir, build(5), codec=dict(tokenizer='bytes'))
-    with pytest.raises(DataError, match='unknown'):
+    with pytest.raises(DataError, match='^tokenizer bytes: choose char, or one that tiktoken knows'):
         sample()
 
 

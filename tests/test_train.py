@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -471,6 +472,21 @@ def test_the_interpreter_is_left_as_it_was(train):
     train(on_step=lambda step, model: seen.append([signal.getsignal(number) for number in numbers]))
     assert [signal.getsignal(number) for number in numbers] == handlers
     assert all(a != b for now in seen for a, b in zip(now, handlers) if b is not signal.SIG_IGN)
+
+
+def test_the_home_folder_in_a_path(train, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out_dir=~/run as it is."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert train(out_dir='~/run', max_iters=1).code == 0 and (tmp_path / 'run' / 'ckpt.pt').exists()
+
+
+def test_in_a_thread_it_trains_without_signals(train):
+    """Python takes them in the main thread only; some interfaces train in another one."""
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(train().lines[-2]))
+    thread.start()
+    thread.join()
+    assert ended[0].startswith('step 8: ')
 
 
 def test_a_prompt_keeps_its_own_way_to_show_errors():
