@@ -197,7 +197,8 @@ def test_a_text_to_a_sample(tmp_path):
     assert done.returncode == 0 and done.stdout.endswith('---------------\n'), done.stderr
 
 
-@pytest.mark.parametrize('length, says', [(900, '--block_size=89'), (40, 'too few to train on; add text')])
+@pytest.mark.parametrize('length, says', [(900, '--block_size=89'), pytest.param(
+    40, 'too few to train on; add text', marks=pytest.mark.slow)])
 def test_a_short_text_gets_a_smaller_block_size(tmp_path, length, says):
     (tmp_path / 'my.txt').write_text('abcdefghij' * (length // 10))
     done = run(sys.executable, PREPARE, f'{tmp_path}/mine', f'{tmp_path}/my.txt', '--tokenizer=char')
@@ -215,6 +216,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, says):
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_another_encoding_of_tiktoken(tmp_path, monkeypatch):
     """tiktoken takes more of them as plugins; one with more ids than 16 bits, from the folder to the model."""
     (tmp_path / 'tiktoken_ext').mkdir()
@@ -236,6 +238,7 @@ ENCODING_CONSTRUCTORS = {'wide': wide}""")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('meta', [{'vocab_size': 12}, {'vocab_size': 12, 'itos': ['C', 'D', 'E', 'F', 'G', 'A', 'B']}],
                          ids=['ids', 'notes'])
 def test_tokens_of_ones_own_to_a_sample(tmp_path, meta):

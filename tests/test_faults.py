@@ -98,6 +98,7 @@ def test_an_out_dir_belongs_to_one_run_until_it_ends(options, tmp_path, init_fro
     assert ended(start(options(init_from='resume', max_iters=latest(out)['iter_num'] + 2), output)) == 0
 
 
+@pytest.mark.slow
 def test_many_runs_started_together(options, tmp_path):
     """One has the folder, the others say so; nothing is mixed."""
     outputs = [str(tmp_path / f'output{i}') for i in range(4)]
@@ -255,6 +256,7 @@ def test_signal_to_a_real_process(options, tmp_path, number):
     assert stdout.splitlines()[-2] == f'saving checkpoint to {out}'
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_the_run_in_order(options, tmp_path):
     """SIGHUP, and from then on every word to the terminal is an error."""
     import fcntl
@@ -288,6 +290,7 @@ def read(fd) -> bytes:
         return b''
 
 
+@pytest.mark.slow
 def test_ignored_hangups_stay_ignored(options, tmp_path):
     """As nohup asks for."""
     process = start(options(max_iters=60), str(tmp_path / 'output'), setup=ignore_hangups)
@@ -340,7 +343,7 @@ def own_dataset(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / 'words')
 
 
-@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('split', ['train', pytest.param('val', marks=pytest.mark.slow)])
 def test_bins_cut_while_they_are_read_are_one_line(options, tmp_path, own_dataset, split):
     """Reading on in the memory map would be a SIGBUS."""
     output, path = str(tmp_path / 'output'), own_dataset / f'{split}.bin'
@@ -353,6 +356,7 @@ def test_bins_cut_while_they_are_read_are_one_line(options, tmp_path, own_datase
     assert latest(tmp_path / 'out')['iter_num'] % 20 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['prepared again', 'removed'])
 def test_bins_replaced_while_they_are_read_stay_what_they_were(options, tmp_path, own_dataset, how):
     output = str(tmp_path / 'output')
@@ -371,6 +375,7 @@ def test_bins_replaced_while_they_are_read_stay_what_they_were(options, tmp_path
         assert f'resumed on another text: dataset={own_dataset} has other sha256 sums' in text(output)
 
 
+@pytest.mark.slow
 def test_two_that_prepare_one_folder_at_once(tmp_path):
     """The second one is told, and changes nothing."""
     write = f"""if True:
@@ -440,6 +445,7 @@ def own_place(place):
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('other', ['data', 'iter_num', 'weights'])
 def test_ranks_with_other_files_are_one_line(options, tmp_path, dataset, other):
     output, chars = str(tmp_path / 'output'), codec.read_meta(os.path.join(dataset, 'meta.pkl'))

@@ -281,8 +281,8 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
             assert 'has no column text, but content: choose one with --field' in last
 
 
-@pytest.mark.parametrize('name', ['pydoc_char', pytest.param('shakespeare', marks=pytest.mark.slow),
-                                  pytest.param('openwebtext', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['pydoc_char', 'shakespeare', 'openwebtext'])
 def test_a_prepare_that_finds_no_repo_is_one_line(folder, tmp_path, name):
     (here := tmp_path / 'far' / 'from' / 'data').mkdir(parents=True)
     path = shutil.copy(folder(name) / 'prepare.py', here)

@@ -504,6 +504,7 @@ def test_sizes_that_no_machine_has_are_one_line(train, size):
     assert re.match(r'train.py: n_layer=\d+, .+ take [\d,.]+ GB of memory or more, [\d,.]+ GB are free: ', done.err)
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_one_line(dataset, out_dir):
     """Whatever asks for it, here the places of an evaluation's sequences."""
     limited = ('import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); '
