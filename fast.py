@@ -39,7 +39,7 @@ with contextlib.suppress(OSError, ValueError):  # Linux
     quota, period = map(int, open('/sys/fs/cgroup/cpu.max').read().split())  # of a container; 'max' if there is none
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(quota // period, len(os.sched_getaffinity(0))))))
 with contextlib.suppress(OSError):  # where there is CUDA; its driver starts while torch is imported
-    threading.Thread(target=ctypes.CDLL('libcuda.so.1').cuInit, args=(0,)).start()
+    threading.Thread(target=ctypes.CDLL('libcuda.so.1').cuInit, args=(0,), daemon=True).start()
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # a pool of processes is ready after the few kernels
 
 import functools

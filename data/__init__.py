@@ -19,7 +19,7 @@ _locks = {}  # by path: the open files whose locks this process holds
 class DataError(Exception):
     """
     A file or setting that cannot be used. The message names it and says what to do; it is for the user. Under torchrun
-    rank 0 speaks at once, the others only if it goes on without them, or if it is known to be the matter of `one_rank`.
+    rank 0's appears at once, another rank's after 2 s, if rank 0 has not ended the run by then; with one_rank at once.
     """
 
     def __init__(self, message: str, one_rank: bool = False):
@@ -29,7 +29,7 @@ class DataError(Exception):
 
 @contextlib.contextmanager
 def writing(*paths: str):
-    """What is written inside may fill the disk: then the unfinished `.tmp` of these paths goes, with a DataError."""
+    """What is written inside may fill the disk: then the `.tmp` of these paths is removed, with a DataError."""
     try:
         yield
     except OSError as e:
@@ -117,8 +117,8 @@ def nobody_reads() -> None:
 
 def leave(status=0, at_once: bool = False) -> None:
     """
-    End the process with a status, or with a message and 1; with 0 it goes on. at_once: also then, and without Python's
-    own end, in which a thread of gloo may let go of its last Python object, and that aborts the process.
+    End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: without Python's
+    own end, in which gloo's thread may drop its last Python object too late ("terminate called", exit code -6).
     """
     if at_once:
         if isinstance(status, str):

@@ -57,8 +57,11 @@ def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), 
     names = [os.path.join(folder, f'{split}.bin') for split in splits] + [meta] * hasattr(tokenizer, 'meta')
     index = {'finished': False, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
              'dtype': dtype, 'meta_sha256': None, 'splits': {}}
-    os.makedirs(folder, exist_ok=True)
-    lock(folder, 'wait for its end')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock(folder, 'wait for its end')
+    except OSError as e:
+        raise DataError(f'{folder} cannot be written ({e.strerror}): choose another') from e
     with contextlib.ExitStack() as stack, writing(*names, os.path.join(folder, 'bins.json')):
         stack.callback(unlock, folder)
         _write_index(folder, index)
@@ -88,7 +91,8 @@ def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), 
                 os.remove(meta)  # of another tokenizer, prepared here before
         for name in names:
             os.replace(name + '.tmp', name)
-        _write_index(folder, {**index, 'finished': True})
+        index['finished'] = True
+        _write_index(folder, index)
     return index
 
 
@@ -127,8 +131,8 @@ def _read_index(folder: str, prepare: str) -> dict:
     try:
         size, meta = index['vocab_size'], index['meta_sha256']
         own = index['tokenizer'] in ('char', 'tokens')  # then meta.pkl holds them
-        size_of_gpt2 = codec.BPECodec.vocab_size if index['tokenizer'] == 'gpt2' else size
-        right = (type(index['tokenizer']) is str and type(size) is int and 0 < size == size_of_gpt2
+        right = (type(index['tokenizer']) is str and type(size) is int and size > 0
+                 and (index['tokenizer'] != 'gpt2' or size == codec.BPECodec.vocab_size)
                  and (meta is None or own and type(meta) is str) and index['dtype'] in DTYPES
                  and (not index['finished'] or {'train', 'val'} <= set(index['splits']))
                  and all(type(e['tokens']) is int and type(e['sha256']) is str for e in index['splits'].values()))
@@ -137,7 +141,7 @@ def _read_index(folder: str, prepare: str) -> dict:
     if not right:
         raise DataError(f'{path} is damaged: run {prepare} again')
     if index['finished'] is not True:
-        raise DataError(f'{folder} is unfinished, its prepare.py was interrupted: run {prepare} again')
+        raise DataError(f'{folder} is unfinished, what prepared it was interrupted: run {prepare} again')
     return index
 
 
@@ -153,17 +157,17 @@ class Bins:
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
         self.folder, self.block_size = folder, block_size
-        self.prepare = f'python {os.path.join(folder, "prepare.py")}'
+        own = os.path.join(folder, 'prepare.py')
+        self.prepare = f'python {own if os.path.exists(own) else f"data/prepare.py {dataset} YOUR_TEXT"}'
         self.mend = f'run {self.prepare} again; or, if another program wrote the file, remove bins.json'
         if not os.path.isdir(folder):
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
-        own = self.tokenizer in ('char', 'tokens')
-        # of a model for it: 50257 becomes 50304, a multiple of 64, which GPUs multiply faster
+        own = self.tokenizer in ('char', 'tokens')  # others in a model: a multiple of 64, which GPUs multiply faster
         self.model_vocab_size = self.vocab_size if own else -(-self.vocab_size // 64) * 64
         self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
-        self.files, self.known = {}, self.vocab_size  # ids from `known` on are a surprise
+        self.files, self.known = {}, self.vocab_size  # an id from `known` on is reported, once
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
     def _codec_state(self, index: dict) -> dict:
@@ -195,7 +199,7 @@ class Bins:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
         self.files[split] = open(path, 'rb')
-        head = self.files[split].read(1024) if not entry['sha256'] else b''
+        head = self.files[split].read(1024) if not entry['sha256'] else b''  # int32: every second uint16 is 0
         every_second = np.frombuffer(head[:len(head) // 4 * 4], '<u2')[1::2]
         if head.startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or (len(every_second) > 16 and not every_second.any()):
             raise DataError(f'{path} does not look like uint16 token ids: int32 or int64, or with a header? Write them '

@@ -150,7 +150,7 @@ class CharCodec:
 
 class TokenCodec:
     """Tokens of one's own, such as words: texts[i] is the text of id i, None where it has none. `raw`: the texts are
-    bytes, kept as str with surrogates for those above 127. Where no id has a text, text is the ids themselves."""
+    bytes, kept as str with surrogates for those above 127. Where no id has a text, a text is ids such as '12 7 3'."""
     name, end_of_text = 'tokens', None
 
     def __init__(self, texts: list[str | None], raw: bool = False):
@@ -166,7 +166,7 @@ class TokenCodec:
             pieces = self.longest_first.findall(text)
             if ''.join(pieces) != text:
                 known = len(os.path.commonprefix((''.join(pieces), text)))
-                raise DataError(f'no token is at the beginning of {text[known:known + 20]!r}')
+                raise DataError(f'no token is at the beginning of {text[known:known + 20]!r}: {list(self.ids)[:9]}...')
             return np.array([self.ids[piece] for piece in pieces], np.uint32)
         if unknown := [word for word in text.split() if not word.isdecimal() or int(word) >= self.vocab_size]:
             raise DataError(f'{unknown[0]!r} is no id: this dataset has {self.vocab_size}, and no text for any')
@@ -223,7 +223,7 @@ def _scalar(dtype: np.dtype, raw: bytes) -> int:
 
 def read_meta(path: str) -> CharCodec | TokenCodec:
     """The codec of a meta.pkl: of characters if each id has one, else of tokens. Runs no code. Raises DataError."""
-    again = f'run python {os.path.join(os.path.dirname(path), "prepare.py")} again'
+    again = 'prepare the dataset again'
     try:
         with open(path, 'rb') as f:
             meta = _Plain(f.read()).load()

@@ -31,11 +31,12 @@ class Piece(NamedTuple):
     """Some documents, of which the last may go on in the next piece."""
     path: str
     first: int  # the number of its first document, or line, among all
+    first_here: int  # and in its own file
     texts: list[str] | bytes | tuple[int, int, int]  # bytes: lines of JSON; numbers: see _row_ranges()
     count: int  # of documents
     goes_on: bool
     val: np.ndarray | None  # (count,) bool: which are held back
-    position: float  # bytes of all files that have been read with it
+    position: float  # bytes of all files up to here, for the bar
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -52,28 +53,31 @@ def files_of(paths: Iterable[str]) -> list[str]:
         if not files:
             raise DataError(f'{path}: no such file, or no {", ".join(TEXT + LINES + PARQUET)} (.gz, .zst) in it')
         found += files
-    return found
+    once = {}  # whatever ways lead to a file, or its end would come into val, and a copy of it into train
+    for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
 def kind(path: str) -> tuple[str, ...] | None:
-    name = path.removesuffix('.gz').removesuffix('.zst').lower()
+    name = path.lower().removesuffix('.gz').removesuffix('.zst')
     return next((kind for kind in (TEXT, LINES, PARQUET) if name.endswith(kind)), None)
 
 
 def _chunks(path: str) -> Iterator[tuple[bytes, float]]:
     """The bytes of a file, decompressed, in pieces; and how much of the file has been read."""
-    with open(path, 'rb') as raw:
-        file = raw
-        if path.endswith('.gz'):
-            file = gzip.open(raw)
-        elif path.endswith('.zst'):
-            import pyarrow
-            file = pyarrow.CompressedInputStream(raw, 'zstd')
-        try:
+    try:
+        with open(path, 'rb') as raw:
+            file = raw
+            if path.lower().endswith('.gz'):
+                file = gzip.open(raw)
+            elif path.lower().endswith('.zst'):
+                import pyarrow
+                file = pyarrow.CompressedInputStream(raw, 'zstd')
             while chunk := file.read(PIECE):
                 yield chunk, raw.tell()
-        except (EOFError, OSError, zlib.error) as e:
-            raise DataError(f'{path} cannot be read to its end ({e})') from e
+    except (EOFError, OSError, zlib.error) as e:
+        raise DataError(f'{path} cannot be read to its end ({e})') from e
 
 
 def _texts(path: str) -> Iterator[tuple[str, bool, float]]:
@@ -96,13 +100,15 @@ def _texts(path: str) -> Iterator[tuple[str, bool, float]]:
 
 def _lines(path: str) -> Iterator[tuple[bytes, int, float]]:
     """A .jsonl file, some whole lines at a time; how many; how much of the file has been read."""
-    held, seen = b'', 0
+    held, seen = [], 0
     for chunk, seen in _chunks(path):
-        lines, newline, held = (held + chunk).rpartition(b'\n')
+        head, newline, tail = chunk.rpartition(b'\n')
         if newline:
+            lines, held = b''.join([*held, head]), []
             yield lines, lines.count(b'\n') + 1, seen
-    if held:
-        yield held, 1, seen
+        held.append(tail)
+    if any(held):
+        yield b''.join(held), 1, seen
 
 
 @contextlib.contextmanager
@@ -123,10 +129,12 @@ def _parquet(path: str, field: str) -> Iterator:
 def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int], int, float]]:
     """Parts of a parquet file: row group, rows a part, which part of the group it is; rows; how much has been read."""
     with _parquet(path, field) as file:
-        column, done, all_rows = file.schema_arrow.names.index(field), 0, max(1, file.metadata.num_rows)
+        done, all_rows = 0, max(1, file.metadata.num_rows)
         for g in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(g)
-            step = max(1, 4 * PIECE * group.num_rows // max(1, group.column(column).total_uncompressed_size))
+            columns = map(group.column, range(group.num_columns))
+            size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+            step = max(1, 4 * PIECE * group.num_rows // max(1, size))
             for i, start in enumerate(range(0, group.num_rows, step)):
                 n = min(step, group.num_rows - start)
                 done += n
@@ -140,8 +148,8 @@ def count_rows(files: list[str]) -> int:
 
 
 def random_share(val: float, seed: int) -> Callable[[int, int], np.ndarray]:
-    """is_val(first, count) of pieces(): each document with probability val, and the second one always, so that there is
-    one; the same documents however they come in pieces."""
+    """is_val(first, count) of pieces(): each document with probability val, and the second one always, so that few have
+    one, too; the same documents however they come in pieces."""
     def is_val(first: int, count: int) -> np.ndarray:
         random = np.random.Philox(key=seed).advance(first).random_raw(4 * count)[::4]  # four numbers an advance
         return (random < val * 2.0 ** 64) | (np.arange(first, first + count) == 1)
@@ -164,11 +172,13 @@ def pieces(files: list[str], field: str, val: float, is_val: Callable | None, li
     if is_val is None:  # one more pass, to count
         cut = int((1 - val) * sum(len(text) for path in files for text, _, _ in _texts(path)))
     for path in files:
+        start = number
         if kind(path) in (LINES, PARQUET):
             for texts, count, seen in _lines(path) if kind(path) == LINES else _row_ranges(path, field):
                 count = count if limit is None else min(count, limit - number)
-                if count:
-                    yield Piece(path, number, texts, count, False, is_val(number, count), before + seen)
+                if not count:
+                    return
+                yield Piece(path, number, number - start, texts, count, False, is_val(number, count), before + seen)
                 number += count
         elif limit is None or number < limit:
             held = is_val(number, 1) if is_val else np.zeros(1, bool)
@@ -176,9 +186,9 @@ def pieces(files: list[str], field: str, val: float, is_val: Callable | None, li
                 head = len(text) if is_val else min(max(cut - at, 0), len(text))
                 at += len(text)
                 if head:
-                    yield Piece(path, number, [text[:head]], 1, goes_on or head < len(text), held, before + seen)
+                    yield Piece(path, number, 0, [text[:head]], 1, goes_on or head < len(text), held, before + seen)
                 if head < len(text):
-                    yield Piece(path, number, [text[head:]], 1, goes_on, ~held, before + seen)
+                    yield Piece(path, number, 0, [text[head:]], 1, goes_on, ~held, before + seen)
             number += 1
         before += os.path.getsize(path)
 
@@ -195,26 +205,28 @@ def _in_a_process(given: dict) -> None:
 
 def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
     """Number in the piece and text of each, or of those that are not empty. DataError names what cannot be read."""
-    texts = piece.texts
+    texts, field = piece.texts, _given['field']
     if isinstance(texts, bytes):
         texts = texts.split(b'\n')
     elif isinstance(texts, tuple):  # here and not in the process that writes, which has enough to do
-        with _parquet(piece.path, _given['field']) as file:
-            parts = file.iter_batches(texts[1], row_groups=[texts[0]], columns=[_given['field']], use_threads=False)
-            texts = next(itertools.islice(parts, texts[2], None)).column(0).to_pylist()
+        group, step, part = texts
+        with _parquet(piece.path, field) as file:
+            batches = file.iter_batches(step, row_groups=[group], columns=[field], use_threads=False)
+            texts = next(itertools.islice(batches, part, None)).column(0).to_pylist()
     for i, text in enumerate(texts[:piece.count]):
         if isinstance(text, bytes):
-            where = f'{piece.path}, document {piece.first + i + 1}'
             try:
-                record = json.loads(text) if text.strip() else {_given['field']: ''}
-                text = record[_given['field']]
-            except KeyError:
-                raise DataError(f'{where} has no field {_given["field"]}, but {", ".join(record)}: choose one with '
-                                '--field') from None
-            except (ValueError, TypeError, RecursionError) as e:
-                raise DataError(f'{where} is no JSON object ({e})') from None
+                record = json.loads(text) if text.strip() else {field: ''}
+            except (ValueError, RecursionError) as e:
+                raise DataError(f'{piece.path}, line {piece.first_here + i + 1} is no JSON ({e})') from None
+            if not isinstance(record, dict) or field not in record:
+                has = ', '.join(record) if isinstance(record, dict) else f'it is a {type(record).__name__}'
+                raise DataError(f'{piece.path}, line {piece.first_here + i + 1} has no field {field} ({has}): choose '
+                                'one with --field')
+            text = record[field]
         if not (text is None or isinstance(text, str)):
-            raise DataError(f'{piece.path}, document {piece.first + i + 1}: {_given["field"]} is no text')
+            raise DataError(f'{piece.path}, line {piece.first_here + i + 1}: {field} is no text, but '
+                            f'{type(text).__name__}')
         if text or _given['empty']:
             yield i, text or ''
 

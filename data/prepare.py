@@ -6,12 +6,13 @@ Your own texts as a dataset, the bins that train.py reads:
     python data/prepare.py mine my.txt --tokenizer=char                  one token a character, for small models
 
 Plain text is .txt and .md, one document a file; .jsonl and .parquet hold many, each in the field `text`; all may be
-packed as .gz or .zst. The dataset is the folder data/mine, or a path with a slash. What was killed starts again.
+packed as .gz or .zst. The dataset is the folder data/mine, or a path with a slash. After a kill, run it again.
 """
 
 import argparse
 import itertools
 import os
+import shlex
 import sys
 
 REPO = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -27,13 +28,14 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
             field: str = 'text', documents: bool | None = None, num_proc: int | None = None, limit: int | None = None,
             is_val=None, empty: bool = False, expected: dict | None = None) -> dict:
     """
-    Write the bins of all documents in `paths`, see documents.pieces(). documents: whether <|endoftext|>, or an empty
-    line for characters, ends each; by default where there are several. empty: also those without text, which are left
-    out otherwise. Returns what bins.json holds, and `found`: documents and characters. Raises DataError, also if the
-    sha256 of the bins are not those expected.
+    Write the bins of all documents in `paths`, see documents.pieces(). documents: whether to mark the end of each, by
+    <|endoftext|>, with char by an empty line; None: where there are several. empty: also of those without text, which
+    are left out otherwise. Returns what bins.json holds, and `found`: documents and characters. Raises DataError, also
+    if the sha256 of the bins are not those expected.
     """
     files = docs.files_of(paths)
-    plain = all(docs.kind(path) == docs.TEXT for path in files)
+    plain = all(docs.kind(path) in (docs.TEXT, None) for path in files)
+    files = files[:limit] if plain else files
     is_val = is_val or (None if plain else docs.random_share(val, seed))
     total, found = sum(map(os.path.getsize, files)), {'documents': 0, 'characters': 0}
     num_proc = num_proc or min(os.cpu_count(), 1 + total // (4 * docs.PIECE))
@@ -48,8 +50,9 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
                 bar.set_postfix({key: f'{n:,}' for key, n in found.items()}, refresh=False)
 
     if tokenizer == 'char':
-        codes = codec.CharCodec.of(''.join({'\n' * documents}.union(*each(docs.characters_of, 'characters'))))
-        end = codes.encode('\n\n' * documents)
+        between = '\n\n' if documents else ''
+        codes = codec.CharCodec.of(between + ''.join(set().union(*each(docs.characters_of, 'characters'))))
+        end = codes.encode(between)
     else:
         codes = codec.BPECodec(tokenizer)
         codes.encode('')  # if it cannot be had, that should be known before all else
@@ -61,7 +64,7 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
             yield from splits.items()
 
     stream = ids()
-    first = list(itertools.islice(stream, 1))  # all cores are at work while torch is imported
+    first = list(itertools.islice(stream, 1))  # this starts the processes; they go on while torch is imported
     from data import bins
     index = bins.write(folder, codes, itertools.chain(first, stream))
     bins.report(index, found['characters'], expected)
@@ -70,8 +73,8 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
 
 def from_hub(folder: str, repo: str, pattern: str, revision: str | None = None, documents: int | None = None,
              tokens: dict | None = None) -> None:
-    """A published dataset of parquet files, or those below the folder that the command line names. DataError if there
-    are not as many documents and tokens as expected. With `documents` val is the original's of OpenWebText."""
+    """The script of a published dataset of parquet files, or of those in the folder that its command line names. With
+    `documents`, val is nanoGPT's of OpenWebText, and DataError says if there are not so many, or not so many tokens."""
     parser = argparse.ArgumentParser()
     parser.add_argument('folder', nargs='?')
     parser.add_argument('--limit', type=int)
@@ -86,11 +89,11 @@ def from_hub(folder: str, repo: str, pattern: str, revision: str | None = None, 
                             'files elsewhere and run this with their FOLDER') from e
     paths = [f for f in docs.files_of([given.folder or path]) if docs.kind(f) == docs.PARQUET]
     if (n := docs.count_rows(paths)) < 2:
-        raise DataError(f'{given.folder} holds {n} documents in parquet: it takes two, to train and to validate')
+        raise DataError(f'{given.folder or path} holds {n} documents in parquet: to train and validate takes two')
     is_val = docs.of_permutation(0.0005, 2357, n) if documents else docs.random_share(0.0005, 2357)
     index = prepare(folder, paths, limit=given.limit, is_val=is_val, empty=True)
-    if not given.folder and not given.limit and tokens and (n, tokens) != (
-            documents, {k: e['tokens'] for k, e in index['splits'].items()}):
+    got = {split: entry['tokens'] for split, entry in index['splits'].items()}
+    if not given.folder and not given.limit and tokens and (n, got) != (documents, tokens):
         raise DataError(f'expected {documents:,} documents, {tokens}: the source or the tokenizer has changed')
 
 
@@ -99,16 +102,21 @@ def advice(index: dict, name: str) -> str:
     train, val = (index['splits'][split]['tokens'] for split in ('train', 'val'))
     config, block, tokens = 'train_gpt2', 1024, 600_000 * 480 * 1024
     if index['tokenizer'] == 'char':
-        config, block, tokens = 'train_shakespeare_char', 256, 5000 * 64 * 256
+        import torch
+        large = torch.cuda.is_available() or torch.backends.mps.is_available()
+        config, block, tokens = ('train_shakespeare_char', 256, 5000 * 64 * 256) if large else (
+            'train_shakespeare_char_cpu', 64, 2000 * 12 * 64)
     elif train < 100_000_000:
         config, tokens = 'finetune_shakespeare', 20 * 32 * 1024
     fits = min(train, val) - 1
     if fits < 8:
-        return f'train has {train} tokens and val {val}: too few to train on; add text, or take a larger --val'
-    options = f'--dataset={name} --out_dir=out-{os.path.basename(name)}' + f' --block_size={fits}' * (fits < block)
-    return (f'config/{config}.py reads {tokens:,} tokens, {tokens / train:,.1f} times this text\n\n'
-            f'    python train.py config/{config}.py {options}\n'
-            f'    python sample.py --out_dir=out-{os.path.basename(name)}')
+        return f'train has {train} tokens and val {val}: too few to train on; add text, or change --val'
+    out_dir = f'--out_dir=out-{os.path.basename(name)}'
+    options = [f'--dataset={name}', out_dir, *['--init_from=gpt2'] * (config == 'finetune_shakespeare'),
+               *[f'--block_size={fits}'] * (fits < block)]
+    return (f'config/{config}.py reads {tokens:,} tokens, the train part {tokens / train:,.1f} times\n\n'
+            f'    python train.py config/{config}.py {shlex.join(options)}\n'
+            f'    python sample.py {shlex.quote(out_dir)}')
 
 
 if __name__ == '__main__':
@@ -119,18 +127,23 @@ if __name__ == '__main__':
     parser.add_argument('--field', default='text', help='of a record in .jsonl, or column in .parquet')
     parser.add_argument('--val', type=float, default=0.1, help='share held back: the end of plain text, else documents')
     parser.add_argument('--seed', type=int, default=1337, help='which documents are held back')
-    parser.add_argument('--documents', type=lambda text: text.lower() in ('true', '1'), metavar='True|False',
-                        help='<|endoftext|>, or an empty line for characters, ends each; default: if there are several')
+    parser.add_argument('--documents', choices=('True', 'False'), help='mark the end of each, by <|endoftext|>, with '
+                        'char by an empty line; default: if there are several')
     parser.add_argument('--num_proc', type=int, help='processes that tokenize; default: all cores')
     parser.add_argument('--limit', type=int, help='read so many documents only')
     given = vars(parser.parse_args())
-    name = given.pop('name')
+    name, folder = given['name'].rstrip('/'), os.path.join(REPO, 'data', given['name'].rstrip('/'))
     if not 0 < given['val'] < 1 or any(n is not None and n < 1 for n in (given['num_proc'], given['limit'])):
         parser.error('--val must lie between 0 and 1, --num_proc and --limit be at least 1')
-    folder = name if os.sep in name else os.path.join(REPO, 'data', name)
-    if os.path.exists(os.path.join(folder, 'prepare.py')):
-        raise DataError(f'{folder} has a prepare.py of its own: choose another name')
-    if os.path.exists(os.path.join(folder, 'train.bin.tmp')):
+    if name in ('', '.', '..') or given['seed'] < 0:
+        parser.error(f'{given["name"]!r} is no name for a dataset, or --seed={given["seed"]} is negative')
+    folder = name if os.sep in name else folder
+    given['documents'] = {'True': True, 'False': False}.get(given['documents'])
+    del given['name']
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if 'prepare.py' in there or ('train.bin' in there and 'bins.json' not in there):
+        raise DataError(f'{folder} has a prepare.py of its own, or bins of another program: choose another name')
+    if 'train.bin.tmp' in there:
         print(f'note: an earlier run in {folder} was not finished; starting again')
     index = prepare(folder, **given)
     print(f'{index["found"]["documents"]:,} documents in {os.path.relpath(folder)}', advice(index, name), sep='\n')

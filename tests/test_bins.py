@@ -73,7 +73,7 @@ def test_format_on_disk(tmp_path):
             'train': {'tokens': 3, 'sha256': hashlib.sha256(b'\0\0\1\0\1\0').hexdigest()},
             'val': {'tokens': 2, 'sha256': hashlib.sha256(b'\1\0\0\0').hexdigest()}}}
     assert stored['meta_sha256'] == hashlib.sha256((tmp_path / 'meta.pkl').read_bytes()).hexdigest()
-    assert index == {**stored, 'finished': False}
+    assert index == stored
 
 
 def test_gpt2_bins_have_no_meta(tmp_path):
@@ -104,8 +104,8 @@ def test_large_vocabularies_are_written_wider_and_never_wrapped(tmp_path, vocab_
 def test_ids_outside_the_vocabulary_are_not_written(tmp_path, ids):
     with pytest.raises(DataError, match='token id '):
         bins.write(str(tmp_path), CharCodec('ab'), train=[np.array(ids)], val=[np.array([0])])
-    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, its prepare.py was interrupted: '
-                                 f'run python {tmp_path}/prepare.py again')
+    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, what prepared it was interrupted: '
+                                 f'run python data/prepare.py {tmp_path} YOUR_TEXT again')
 
 
 def test_report(tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_a_folder_below_the_working_directory_is_named_shortly(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     os.remove(os.path.join(counting(tmp_path / 'my_words'), 'val.bin'))
     for name in ('my_words', str(tmp_path / 'my_words')):
-        assert refusal(name) == 'my_words/val.bin is missing: run python my_words/prepare.py'
+        assert refusal(name) == f'my_words/val.bin is missing: run python data/prepare.py {name} YOUR_TEXT'
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -160,7 +160,7 @@ def test_missing_odd_and_short_bins(tmp_path, split, old):
         legacy(tmp_path, range(100), range(100), vocab_size=100)
     else:
         counting(tmp_path, 100, 100)
-    path, again = tmp_path / f'{split}.bin', f'run python {tmp_path}/prepare.py'
+    path, again = tmp_path / f'{split}.bin', f'run python data/prepare.py {tmp_path} YOUR_TEXT'
     os.truncate(path, 199)
     assert refusal(tmp_path) == f'{path} is damaged, 199 bytes are no multiple of 2: {again} again'
     os.remove(path)
@@ -186,7 +186,7 @@ def test_another_number_of_tokens_than_bins_json_says(tmp_path):
     with open(tmp_path / 'val.bin', 'ab') as f:
         f.write(b'\0\0')
     assert refusal(tmp_path) == (f'{tmp_path}/val.bin has 201 tokens, bins.json says 200: '
-                                 f'run python {tmp_path}/prepare.py again{OTHERWISE}')
+                                 f'run python data/prepare.py {tmp_path} YOUR_TEXT again{OTHERWISE}')
     os.truncate(tmp_path / 'val.bin', 398)
     assert refusal(tmp_path).startswith(f'{tmp_path}/val.bin has 199 tokens, bins.json says 200: ')
 
@@ -200,13 +200,14 @@ def test_a_flipped_bit(tmp_path, name):
         (tmp_path / name).write_bytes(flipped)
         assert refusal(tmp_path) == (
             f'{tmp_path}/{name} is not the file that bins.json describes'
-            f'{"" if name == "meta.pkl" else " (sha256 differs)"}: run python {tmp_path}/prepare.py again{OTHERWISE}')
+            f'{"" if name == "meta.pkl" else " (sha256 differs)"}: run python data/prepare.py {tmp_path} YOUR_TEXT '
+            f'again{OTHERWISE}')
     (tmp_path / name).write_bytes(raw)
     Bins(str(tmp_path), 8)
 
 
 def test_meta_that_is_missing_or_of_another_dataset(tmp_path):
-    again = f'run python {tmp_path}/prepare.py again'
+    again = f'run python data/prepare.py {tmp_path} YOUR_TEXT again'
     counting(tmp_path)
     os.remove(tmp_path / 'meta.pkl')
     assert refusal(tmp_path) == f'{tmp_path}/meta.pkl is missing: {again}'
@@ -223,7 +224,7 @@ def test_bins_json_that_is_none(tmp_path, content):
     counting(tmp_path)
     (tmp_path / 'bins.json').write_bytes(content.encode('utf-8', 'surrogateescape'))
     assert refusal(tmp_path).startswith(f'{tmp_path}/bins.json ')
-    assert refusal(tmp_path).endswith(f': run python {tmp_path}/prepare.py again')
+    assert refusal(tmp_path).endswith(f': run python data/prepare.py {tmp_path} YOUR_TEXT again')
 
 
 @pytest.mark.parametrize('changes', [
@@ -234,15 +235,16 @@ def test_bins_json_that_is_none(tmp_path, content):
 def test_bins_json_with_wrong_values(tmp_path, changes):
     counting(tmp_path)
     edit_index(tmp_path, **changes)
-    assert refusal(tmp_path) == f'{tmp_path}/bins.json is damaged: run python {tmp_path}/prepare.py again'
+    assert refusal(tmp_path) == (f'{tmp_path}/bins.json is damaged: run python data/prepare.py {tmp_path} YOUR_TEXT '
+                                 'again')
 
 
 @pytest.mark.parametrize('finished', [False, None, 0, 1, 'yes'])
 def test_an_unfinished_dataset(tmp_path, finished):
     counting(tmp_path)
     edit_index(tmp_path, finished=finished)
-    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, its prepare.py was interrupted: '
-                                 f'run python {tmp_path}/prepare.py again')
+    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, what prepared it was interrupted: '
+                                 f'run python data/prepare.py {tmp_path} YOUR_TEXT again')
 
 
 def test_a_half_written_folder_of_an_older_script(tmp_path):
@@ -250,7 +252,8 @@ def test_a_half_written_folder_of_an_older_script(tmp_path):
     (tmp_path / 'notes.tmp').touch()
     Bins(str(tmp_path), 8)
     (tmp_path / 'val.bin.tmp').touch()
-    assert refusal(tmp_path) == f'{tmp_path} is half-written (it holds .tmp files): run python {tmp_path}/prepare.py'
+    assert refusal(tmp_path) == (f'{tmp_path} is half-written (it holds .tmp files): run python data/prepare.py '
+                                 f'{tmp_path} YOUR_TEXT')
 
 
 # -- killed ---------------------------------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ def test_prepare_killed_half_way_then_train_then_prepare_again(tmp_path, monkeyp
         process.kill()
         process.wait()
         process.stdout.close()
-    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, its prepare.py was interrupted: '
+    assert refusal(tmp_path) == (f'{tmp_path} is unfinished, what prepared it was interrupted: '
                                  f'run python {tmp_path}/prepare.py again')
     monkeypatch.setenv('REPO', ROOT)
     monkeypatch.setattr(sys, 'path', list(sys.path))
@@ -337,7 +340,7 @@ def test_killed_at_every_step_of_writing_a_dataset_is_old_or_refused_or_new(tmp_
             wanted = files(old if seen[-1] == 'old' else new)
             assert {name: raw for name, raw in files(folder).items() if not name.endswith(('.tmp', '.lock'))} == wanted
         except DataError as e:
-            assert 'is unfinished, its prepare.py was interrupted' in str(e) or 'is half-written' in str(e)
+            assert 'is unfinished, what prepared it was interrupted' in str(e) or 'is half-written' in str(e)
             seen.append('refused')
         if n % 3 == 0:  # whatever is left, another prepare starts clean
             counting(folder, 400, 90, BPECodec())
@@ -462,7 +465,7 @@ def test_an_id_outside_the_vocabulary_is_named_when_drawn(tmp_path, dtype):
         with pytest.raises(DataError) as e:
             batches()
         assert str(e.value) == (f'{tmp_path}/{split}.bin holds token id {ids[57]} at offset 57; vocab_size is 10: '
-                                f'run python {tmp_path}/prepare.py again')
+                                f'run python data/prepare.py {tmp_path} YOUR_TEXT again')
 
 
 def test_ids_up_to_the_vocabulary_are_fine(tmp_path):

@@ -240,7 +240,8 @@ def test_stale_tmp_is_removed_at_the_start(script, options, tmp_path, init_from)
 
 # -- signals, one process -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('number', [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (
+    signal.SIGTERM, signal.SIGUSR1))])
 def test_signal_to_a_real_process(options, tmp_path, number):
     out = tmp_path / 'out'
     process = subprocess.Popen([sys.executable, TRAIN, *options(max_iters=10**6, eval_interval=10**6)], text=True,
@@ -351,8 +352,8 @@ def test_bins_cut_while_they_are_read_are_one_line(options, tmp_path, own_datase
     until(lambda: updates_logged(tmp_path / 'out') >= 21)
     os.truncate(path, 1000)
     assert ended(process) == 2
-    assert text(f'{output}.err') == (f'{path} was cut short while it was read: run python {own_dataset}/prepare.py '
-                                     'again\n')
+    assert text(f'{output}.err') == (f'{path} was cut short while it was read: run python data/prepare.py '
+                                     f'{own_dataset} YOUR_TEXT again\n')
     assert latest(tmp_path / 'out')['iter_num'] % 20 == 0
 
 
@@ -471,7 +472,8 @@ def test_a_mistake_in_the_data_is_said_by_the_first_rank(options, tmp_path, own_
     os.remove(own_dataset / 'val.bin')
     ranks = start_ranks(2, options(dataset=own_dataset), output)
     assert [ended(rank) for rank in ranks] == [2, 2]
-    assert text(f'{output}.0.err') == f'{own_dataset}/val.bin is missing: run python {own_dataset}/prepare.py\n'
+    assert text(f'{output}.0.err') == (f'{own_dataset}/val.bin is missing: run python data/prepare.py {own_dataset} '
+                                       'YOUR_TEXT\n')
 
 
 @pytest.mark.slow

@@ -433,7 +433,7 @@ def test_a_user_mistake_ends_the_process_with_one_line(tmp_path):
     (tmp_path / 'mine').mkdir()
     done = run('train.py', '--dataset=mine', '--device=cpu', cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == 'mine/train.bin is missing: run python mine/prepare.py\n'
+    assert done.stderr == 'mine/train.bin is missing: run python data/prepare.py mine YOUR_TEXT\n'
     assert not (tmp_path / 'out').exists()
 
 
