@@ -112,7 +112,7 @@ def load(path: str, mmap: bool = False) -> dict:
     if not isinstance(checkpoint, dict) or not _plain(checkpoint):
         raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
     if problem := _problem(checkpoint):
-        raise DataError(f'{path} ({size}) is not a checkpoint of train.py: {problem}{hint}')
+        raise DataError(f'{path} ({size}) cannot be used: {problem}{hint}')
     return checkpoint
 
 

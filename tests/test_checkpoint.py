@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
                                    dict(model_args={3: 4})], ids=str)
 def test_a_value_of_another_kind(tmp_path, wrong):
     torch.save({**example(), **wrong}, tmp_path / 'ckpt.pt')
-    assert f'is not a checkpoint of train.py: {next(iter(wrong))} of another type' in refusal(tmp_path / 'ckpt.pt')
+    assert f'cannot be used: {next(iter(wrong))} of another type' in refusal(tmp_path / 'ckpt.pt')
 
 
 @pytest.mark.parametrize('size, value', [('n_layer', 10**6), ('n_layer', 4), ('n_head', 1 << 40), ('n_embd', 1 << 40),
