@@ -206,6 +206,7 @@ def test_files_that_are_not_there(tmp_path):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_text_to_a_sample(tmp_path):
     """The commands that it prints, pasted."""
     (tmp_path / 'my.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 60)

@@ -117,8 +117,9 @@ def test_weights_that_are_not_numbers_are_no_text(options, tmp_path):
     sample = ['sample.py', f'--out_dir={path.parent}', '--device=cpu', '--start=a']
     for command in (sample, ['train.py', *options(init_from='resume')]):
         done, size = run(*command), f'{path.stat().st_size:,} bytes'
-        assert done.returncode == 2 and done.stderr == (f'{path} ({size}) cannot be used: transformer.ln_f.weight holds '
-                                                        'NaN or infinity, its run had failed before it was saved\n')
+        assert done.returncode == 2 and done.stderr == (
+            f'{path} ({size}) cannot be used: transformer.ln_f.weight holds NaN or infinity, its run had failed before '
+            'it was saved\n')
     checkpoint['model']['transformer.ln_f.weight'][:] = 3e38  # finite; what the model makes of them is not
     torch.save(checkpoint, path)
     done = run(*sample, '--dtype=float32')
