@@ -65,7 +65,7 @@ device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is the
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it, float16 on older GPUs
 compile = True  # torch.compile the model; where that cannot work, training goes on without
 seed = 1337  # everything random follows from it and the step
-# applies config files and --key=value; defines config, need, at_least, note_mistakes, resolve, end_if_wrong, fail
+# applies config files and --key=value; defines config, fail, need, at_least, resolve, free_memory and others
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
 
@@ -137,7 +137,7 @@ try:
 except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
-if bins.vocab_size > vocab_size or (bins.vocab_size == bins.model_vocab_size != vocab_size):
+if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if resumed and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')

@@ -164,14 +164,14 @@ class Bins:
             raise DataError(f'dataset {folder} is neither a folder in data/ nor a path to one')
         index = _read_index(folder, self.prepare)
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
-        own = self.tokenizer in ('char', 'tokens')  # others in a model: a multiple of 64, which GPUs multiply faster
-        self.model_vocab_size = self.vocab_size if own else -(-self.vocab_size // 64) * 64
+        self.own = self.tokenizer in ('char', 'tokens')  # others get a model of a multiple of 64, which is faster
+        self.model_vocab_size = self.vocab_size if self.own else -(-self.vocab_size // 64) * 64
         self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
         self.files, self.known = {}, self.vocab_size  # an id from `known` on is reported, once
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
 
     def _codec_state(self, index: dict) -> dict:
-        if self.tokenizer not in ('char', 'tokens'):
+        if not self.own:
             return {'tokenizer': self.tokenizer}
         path = os.path.join(self.folder, 'meta.pkl')
         if not os.path.exists(path):

@@ -244,7 +244,7 @@ def read_meta(path: str) -> CharCodec | TokenCodec:
     return TokenCodec([itos.get(i) for i in range(n)], raw)
 
 
-def of_folder(folder: str) -> BPECodec | CharCodec:
+def of_folder(folder: str) -> BPECodec | CharCodec | TokenCodec:
     """The codec of a dataset folder: its meta.pkl, or GPT-2's BPE where there is none."""
     meta = os.path.join(folder, 'meta.pkl')
     return read_meta(meta) if os.path.exists(meta) else BPECodec()

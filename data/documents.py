@@ -30,8 +30,7 @@ PIECE = 1 << 21  # bytes of text that are read, and tokenized by one process, at
 class Piece(NamedTuple):
     """Some documents, of which the last may go on in the next piece."""
     path: str
-    first: int  # the number of its first document, or line, among all
-    first_here: int  # and in its own file
+    first: int  # the number of its first document, or line, in the file
     texts: list[str] | bytes | tuple[int, int, int]  # bytes: lines of JSON; numbers: see _row_ranges()
     count: int  # of documents
     goes_on: bool
@@ -178,7 +177,7 @@ def pieces(files: list[str], field: str, val: float, is_val: Callable | None, li
                 count = count if limit is None else min(count, limit - number)
                 if not count:
                     return
-                yield Piece(path, number, number - start, texts, count, False, is_val(number, count), before + seen)
+                yield Piece(path, number - start, texts, count, False, is_val(number, count), before + seen)
                 number += count
         elif limit is None or number < limit:
             held = is_val(number, 1) if is_val else np.zeros(1, bool)
@@ -186,9 +185,9 @@ def pieces(files: list[str], field: str, val: float, is_val: Callable | None, li
                 head = len(text) if is_val else min(max(cut - at, 0), len(text))
                 at += len(text)
                 if head:
-                    yield Piece(path, number, 0, [text[:head]], 1, goes_on or head < len(text), held, before + seen)
+                    yield Piece(path, 0, [text[:head]], 1, goes_on or head < len(text), held, before + seen)
                 if head < len(text):
-                    yield Piece(path, number, 0, [text[head:]], 1, goes_on, ~held, before + seen)
+                    yield Piece(path, 0, [text[head:]], 1, goes_on, ~held, before + seen)
             number += 1
         before += os.path.getsize(path)
 
@@ -218,14 +217,14 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
-                raise DataError(f'{piece.path}, line {piece.first_here + i + 1} is no JSON ({e})') from None
+                raise DataError(f'{piece.path}, line {piece.first + i + 1} is no JSON ({e})') from None
             if not isinstance(record, dict) or field not in record:
                 has = ', '.join(record) if isinstance(record, dict) else f'it is a {type(record).__name__}'
-                raise DataError(f'{piece.path}, line {piece.first_here + i + 1} has no field {field} ({has}): choose '
+                raise DataError(f'{piece.path}, line {piece.first + i + 1} has no field {field} ({has}): choose '
                                 'one with --field')
             text = record[field]
         if not (text is None or isinstance(text, str)):
-            raise DataError(f'{piece.path}, line {piece.first_here + i + 1}: {field} is no text, but '
+            raise DataError(f'{piece.path}, line {piece.first + i + 1}: {field} is no text, but '
                             f'{type(text).__name__}')
         if text or _given['empty']:
             yield i, text or ''
@@ -246,8 +245,7 @@ def ids_of(piece: Piece) -> tuple[tuple[dict[str, np.ndarray], int, int], Piece]
         n, size = n + ends, size + len(text)
         if ends and end is not None:
             split.append(end)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    joined = {split: np.concatenate(arrays, dtype=dtype, casting='unsafe') for split, arrays in ids.items() if arrays}
+    joined = {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
     return (joined, n, size), piece._replace(texts=[], val=None)
 
 

@@ -12,12 +12,12 @@ packed as .gz or .zst. The dataset is the folder data/mine, or a path with a sla
 import argparse
 import itertools
 import os
+import runpy
 import shlex
 import sys
 
 REPO = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path[:0] = [REPO] * (REPO not in sys.path)
-import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import DataError, codec  # noqa: E402
@@ -55,8 +55,7 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
         end = codes.encode(between)
     else:
         codes = codec.BPECodec(tokenizer)
-        codes.encode('')  # if it cannot be had, that should be known before all else
-        end = np.array([codes.end_of_text])
+        end = codes.encode(codec.END_OF_TEXT, special=True)
 
     def ids():
         for splits, n, size in each(docs.ids_of, 'tokens', tokenizer=codes, end=end if documents else None):
@@ -65,6 +64,8 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
 
     stream = ids()
     first = list(itertools.islice(stream, 1))  # this starts the processes; they go on while torch is imported
+    if not first:
+        raise DataError(f'{", ".join(map(str, paths))}: there is no text in it')
     from data import bins
     index = bins.write(folder, codes, itertools.chain(first, stream))
     bins.report(index, found['characters'], expected)
@@ -100,14 +101,14 @@ def from_hub(folder: str, repo: str, pattern: str, revision: str | None = None, 
 def advice(index: dict, name: str) -> str:
     """The two commands to run next, with a config that fits, and how often that one reads the text."""
     train, val = (index['splits'][split]['tokens'] for split in ('train', 'val'))
-    config, block, tokens = 'train_gpt2', 1024, 600_000 * 480 * 1024
+    config = 'train_gpt2' if train >= 100_000_000 else 'finetune_shakespeare'
     if index['tokenizer'] == 'char':
         import torch
         large = torch.cuda.is_available() or torch.backends.mps.is_available()
-        config, block, tokens = ('train_shakespeare_char', 256, 5000 * 64 * 256) if large else (
-            'train_shakespeare_char_cpu', 64, 2000 * 12 * 64)
-    elif train < 100_000_000:
-        config, tokens = 'finetune_shakespeare', 20 * 32 * 1024
+        config = 'train_shakespeare_char' if large else 'train_shakespeare_char_cpu'
+    given = {'block_size': 1024, **runpy.run_path(os.path.join(REPO, 'config', f'{config}.py'))}
+    block = given['block_size']
+    tokens = given['max_iters'] * given['gradient_accumulation_steps'] * given['batch_size'] * block
     fits = min(train, val) - 1
     if fits < 8:
         return f'train has {train} tokens and val {val}: too few to train on; add text, or change --val'
@@ -132,14 +133,13 @@ if __name__ == '__main__':
     parser.add_argument('--num_proc', type=int, help='processes that tokenize; default: all cores')
     parser.add_argument('--limit', type=int, help='read so many documents only')
     given = vars(parser.parse_args())
-    name, folder = given['name'].rstrip('/'), os.path.join(REPO, 'data', given['name'].rstrip('/'))
+    name = given.pop('name').rstrip('/')
     if not 0 < given['val'] < 1 or any(n is not None and n < 1 for n in (given['num_proc'], given['limit'])):
         parser.error('--val must lie between 0 and 1, --num_proc and --limit be at least 1')
     if name in ('', '.', '..') or given['seed'] < 0:
-        parser.error(f'{given["name"]!r} is no name for a dataset, or --seed={given["seed"]} is negative')
-    folder = name if os.sep in name else folder
+        parser.error(f'{name!r} is no name for a dataset, or --seed={given["seed"]} is negative')
+    folder = name if os.sep in name else os.path.join(REPO, 'data', name)
     given['documents'] = {'True': True, 'False': False}.get(given['documents'])
-    del given['name']
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if 'prepare.py' in there or ('train.bin' in there and 'bins.json' not in there):
         raise DataError(f'{folder} has a prepare.py of its own, or bins of another program: choose another name')

@@ -195,6 +195,14 @@ def test_each_file_once_and_its_own_line(tmp_path):
         prepare(str(tmp_path / 'mine'), files, 'char', num_proc=1)
 
 
+@pytest.mark.parametrize('name, raw', [('a.txt', b''), ('a.txt', b'\xef\xbb\xbf'), ('a.jsonl', b'\n\n')])
+def test_nothing_to_read_is_one_line(tmp_path, name, raw):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=f'{name}: there is no text in it$'):
+        prepare(str(tmp_path / 'mine'), [str(tmp_path / name)], 'char', num_proc=1)
+    assert not (tmp_path / 'mine').exists()
+
+
 def test_files_that_are_not_there(tmp_path):
     (tmp_path / 'data[1]').mkdir()
     (tmp_path / 'data[1]' / 'a.txt').write_text('a')
