@@ -227,11 +227,12 @@ def time_sample() -> None:
               + (f'; {dt / than:.1f} times as long as ours' if than else ''))
         return dt
 
+    how = dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
+
     def generate():
-        how = dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
         return list((fast or GPT).stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how))
 
-    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 3))
+    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 5))
     if not compare:
         return
 

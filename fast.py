@@ -17,12 +17,12 @@ Which part gains what: how much longer things take without it (all figures, mach
 
     captured, FusedLoss, AddingLinear       GPT-2 124M on a GPU, 12 x 1024 tokens a micro-step: 49%, 7%, 6%
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
-    PolynomialGELU, DelayedSums             the same: 2%, 0.6%
+    PolynomialGELU, AddingEmbeddings        the same: 2%, 0.3%, and 2 s of compiling before the first update
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
     FusedLoss on a CPU, kept memory         together, with GPT-2's vocabulary: 86%, and a third more memory
-    AddingEmbeddings, loading               2 s of compiling before the first update; a second when sample.py starts
+    loading                                 a second when sample.py starts
 """
 
 import contextlib
@@ -76,14 +76,13 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> 
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     kernels = (cuda and compiled) or triton_works(device)
-    wanted = {DelayedSums: cuda and compiled and 'FusedLoss' not in left_out, AddingEmbeddings: flat and kernels,
-              BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels, CPUDropout: cpu, CPUAttention: cpu,
-              PolynomialGELU: cuda and compiled and half}
+    wanted = {AddingEmbeddings: flat and kernels, BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels,
+              CPUDropout: cpu, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
     # the loss has nothing to be fused with; finding that out would take the compiler seconds
     model.cross_entropy = torch.compiler.disable(FusedCrossEntropy.apply) if compiled else FusedCrossEntropy.apply
     model.__class__ = type('FastGPT', (*(part for part in parts if issubclass(part, GPT)), GPT), {})
-    twins = {part.__base__: part for part in parts} | {Block: DelayedBlock if DelayedSums in parts else Block}
+    twins = {part.__base__: part for part in parts}
     for module in list(model.modules())[1:]:
         module.__class__ = twins.get(type(module), type(module))
     if cuda and flat:
@@ -100,23 +99,6 @@ class BFloat16Stream(GPT):
     def embed(self, idx: torch.Tensor, start: int = 0) -> torch.Tensor:
         x = super().embed(idx, start)
         return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x
-
-
-class DelayedSums(GPT):
-    """GPT, where a block leaves its last sum to the next one, or to FusedLoss, whose kernels can do it by the way."""
-
-    def embed(self, idx: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        x = super().embed(idx, start)  # what is added to it needs a gradient, as in other blocks: one graph serves all
-        return x, torch.zeros_like(x, requires_grad=x.requires_grad)
-
-
-class DelayedBlock(Block):
-    """Block, of two tensors that are still to be added: (B, T, C) twice -> (B, T, C) twice."""
-
-    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x = pair[0] + pair[1]
-        x = x + self.attn(self.ln_1(x))
-        return x, self.mlp(self.ln_2(x))
 
 
 class CPUDropout(nn.Dropout):
@@ -190,8 +172,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             lanes = min(2048, max(32, triton.next_power_of_2(V) // 8))
             loss_kernel[N,](logits, targets, losses, logits.stride(0), V, lanes, num_warps=max(1, lanes // 64))
         else:  # as many rows at a time as a cache holds
-            rows = max(1, (1 << 21) // V)
-            for part, target, loss in zip(logits.split(rows), targets.split(rows), losses.split(rows)):
+            for part, target, loss in zip(*(t.split(max(1, (1 << 21) // V)) for t in (logits, targets, losses))):
                 log_p, at = part.float().log_softmax(1), target.clamp(min=0)[:, None]
                 loss.copy_(F.nll_loss(log_p, target, ignore_index=-1, reduction='none'))
                 part.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(loss, -1)[:, None]))
@@ -204,16 +185,23 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         grad, x, weight, n = ctx.saved_tensors  # grad: softmax less one-hot, n times the gradient of the logits
         scale = scale / n  # float32, of one dimension: the products below round once
-        scaled = torch.mul(x, scale, out=torch.empty_like(x))
+        scaled = FusedCrossEntropy.product(x, scale, torch.empty_like(x))
         of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
-        return (grad @ weight).mul_(scale), of_weight, None, None
+        of_x = torch.mm(grad, weight, out=scaled)
+        return FusedCrossEntropy.product(of_x, scale, of_x), of_weight, None, None
+
+    @staticmethod
+    def product(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:  # a third of the time of torch's
+            scale_kernel[len(x),](x, scale, out, x.size(1), triton.next_power_of_2(x.size(1)))
+            return out
+        return torch.mul(x, scale, out=out)
 
 
 class FusedLoss(GPT):
     """GPT, whose score() is FusedCrossEntropy where there are targets; it has no logits left to return."""
 
     def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:
-        x = x[0] + x[1] if isinstance(x, tuple) else x  # two tensors of a DelayedBlock
         if targets is None or (x.is_cpu and targets.numel() * self.lm_head.out_features < 1 << 23):  # 32 MB of logits
             return super().score(x, targets)
         x, head, kind = self.transformer.ln_f(x), self.lm_head, x.device.type
@@ -292,7 +280,25 @@ class FoldedLayerNorm(nn.LayerNorm):
     """nn.LayerNorm but for its weight, which the next Linear applies."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.normalized_shape)
+        return Normalized.apply(x, self.eps)
+
+
+class Normalized(torch.autograd.Function):
+    """(x - mean) / deviation, over the channels. Its backward pass reads y, which the next Linear keeps anyway, and not
+    x, which then is not kept: a twelfth of all memory."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, eps: float) -> torch.Tensor:
+        y, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(y := y.to(x.dtype), inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        y, g = y.float(), grad.float()
+        g = g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True)
+        return (g * inverse).to(grad.dtype), None
 
 
 class AddProduct(torch.autograd.Function):
@@ -389,10 +395,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     out = F.pad(idx.long(), (0, max_new_tokens)).T.contiguous()
     at = torch.tensor([T - 1], device=device)  # where in `out` the last token stands
     kernels, size = triton_works(device) and 'token_kernels' not in left_out, min(S, T + max_new_tokens)
-    caches = [GraphCache(size) if kernels else KVCache(size) for _ in model.transformer.h]
-    # matrix-vector products as fused reductions: they reach the memory's speed only when tuned
-    options = {'coordinate_descent_tuning': True} if device.type == 'cuda' else None
-    forward = torch.compile(model.forward, options=options) if compiled else model.forward
+    caches = [KVCache(size) for _ in model.transformer.h]
+    forward = torch.compile(model.forward) if compiled else model.forward
 
     def put(logits: torch.Tensor) -> None:
         at.add_(1)
@@ -418,23 +422,12 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
             yield out[t]
 
 
-class GraphCache(KVCache):
-    """KVCache for forward_token, which is told by a tensor on the device how much of it is filled."""
-
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep those of a prompt."""
-        (B, nh, self.length, hs) = k.shape
-        self.kv = k.new_zeros(2, B, nh, self.size, hs)
-        self.kv[0, :, :, :self.length], self.kv[1, :, :, :self.length] = k, v
-        return k, v
-
-
-def forward_token(model: GPT, idx: torch.Tensor, caches: list[GraphCache], at: torch.Tensor) -> torch.Tensor:
+def forward_token(model: GPT, idx: torch.Tensor, caches: list[KVCache], at: torch.Tensor) -> torch.Tensor:
     """GPT.forward for one more token, idx (B, 1), at position `at` (1,), with the kernels below: (B, 1, V)."""
     x = model.transformer.wte(idx) + model.transformer.wpe(at)  # (B, 1, C)
     for block, cache in zip(model.transformer.h, caches):
         qkv = linear_token(x, block.attn.c_attn, norm=block.ln_1).view(len(x), 1, 3, model.config.n_head, -1)
-        x = linear_token(attend_token(qkv, cache.kv, at).flatten(2), block.attn.c_proj, add=x)
+        x = linear_token(attend_token(qkv, cache, at).flatten(2), block.attn.c_proj, add=x)
         x = linear_token(linear_token(x, block.mlp.c_fc, norm=block.ln_2, gelu=model.config.gelu), block.mlp.c_proj,
                          add=x)
     return linear_token(x, model.lm_head, norm=model.transformer.ln_f)
@@ -507,11 +500,11 @@ def draw_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: i
     return ids
 
 
-def attend_token(qkv: torch.Tensor, kv: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+def attend_token(qkv: torch.Tensor, cache: KVCache, at: torch.Tensor) -> torch.Tensor:
     """Store the keys and values of a token; attend to all so far: (B, 1, 3, nh, hs) -> (B, 1, nh, hs)."""
     (B, _, _, nh, hs), y = qkv.shape, torch.empty_like(qkv[:, :, 0])
     span, warps = (256, 8) if B * nh < 100 else (32, 2)  # timed on an H100
-    attend_kernel[B, nh](qkv, kv, y, at, kv.size(3), nh, hs ** -0.5, hs, triton.next_power_of_2(hs), span,
+    attend_kernel[B, nh](qkv, cache.k, cache.v, y, at, cache.size, nh, hs ** -0.5, hs, triton.next_power_of_2(hs), span,
                          num_warps=warps, **launch_options(qkv.device))
     return y
 
@@ -530,9 +523,8 @@ def linear_token(x: torch.Tensor, layer: nn.Linear, norm: nn.LayerNorm | None = 
                                    wide, rows, gelu, num_warps=min(32, max(4, wide // 1024)), **options)
         return y
     if norm:
-        y = torch.empty_like(x)
-        norm_kernel[B,](x, norm.weight, norm.bias, y, K, wide, num_warps=4, **options)
-        x = y
+        raw, x = x, torch.empty_like(x)
+        norm_kernel[B,](raw, norm.weight, norm.bias, x, K, wide, num_warps=4, **options)
     if add is not None and layer.bias is None:
         return add.view(B, N).addmm_(x.view(B, K), layer.weight.t()).view(B, 1, N)
     y = layer(x) if add is None else add + layer(x)
@@ -568,24 +560,35 @@ if triton:
         tl.atomic_add(total + tl.load(idx + row) * C + k, more, k < C, sem='relaxed')
 
     @triton.jit
+    def scale_kernel(x, scale, y, C, WIDE: tl.constexpr):
+        """y = x * scale, a row of it."""
+        at, k = tl.program_id(0).to(tl.int64) * C, tl.arange(0, WIDE)
+        tl.store(y + at + k, tl.load(x + at + k, k < C).to(tl.float32) * tl.load(scale), k < C)
+
+    @triton.jit
+    def exp_less(x, bound):
+        """exp(x - bound), sooner: from a power of two and one multiply-add."""
+        return tl.exp2(x * 1.4426950408889634 - bound * 1.4426950408889634)
+
+    @triton.jit
     def loss_kernel(logits, targets, losses, stride, V, LANES: tl.constexpr):
         """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
         logits, target = logits + row * stride, tl.load(targets + row)
         known, wanted = (target >= 0) & (target < V), target != -1
         hit = tl.load(logits + target, known, float('nan')).to(tl.float32)  # the loss of an unknown id is NaN
-        # each lane's softmax so far, from a finite number on: -inf less -inf would be NaN
+        # each lane's softmax so far, from a power of two on: -inf less -inf would be NaN, and this does not round
         top, total = tl.full((LANES,), -2.0 ** 100, tl.float32), tl.zeros((LANES,), tl.float32)
         for s in range(0, V, 8 * LANES):
             x = read(logits, s + i, V, 'evict_last')  # it is read again
             new = tl.maximum(top, tl.max(x, 1))
-            total, top = total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), 1), new
+            total, top = total * exp_less(top, new) + tl.sum(exp_less(x, new[:, None]), 1), new
         most = tl.max(top, 0)
         whole = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
         tl.store(losses + row, tl.where(wanted, whole - hit, 0.0))
         whole = tl.where(wanted, whole, float('inf'))
         for s in range(0, V, 8 * LANES):
-            grad = tl.exp(read(logits, s + i, V, 'evict_first') - whole)
+            grad = exp_less(read(logits, s + i, V, 'evict_first'), whole)
             tl.store(logits + s + i, grad, s + i < V, eviction_policy='evict_first')
         tl.debug_barrier()  # another thread may have stored this one
         tl.store(logits + target, tl.exp(hit - whole) - 1, known)
@@ -600,9 +603,8 @@ if triton:
         """A row of K channels in float32, normalised where there is a gain."""
         v = tl.load(x + k, k < K, 0).to(tl.float32)
         if gain is not None:
-            g = tl.load(gain + k, k < K, 0).to(tl.float32)
             v = tl.where(k < K, v - tl.sum(v, 0) / K, 0.0)
-            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * g
+            v *= tl.rsqrt(tl.sum(v * v, 0) / K + 1e-5) * tl.load(gain + k, k < K, 0)
         if shift is not None:
             v += tl.load(shift + k, k < K, 0).to(tl.float32)
         return v
@@ -618,8 +620,8 @@ if triton:
     def linear_kernel(x, weight, bias, gain, shift, add, y, N, K: tl.constexpr, WIDE: tl.constexpr,
                       ROWS: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr):
         """linear_token() for one sequence, some rows of the weight; reading those takes the time, and begins early."""
-        b, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-        step = tl.num_programs(0) * ROWS
+        b, k, step = tl.program_id(1), tl.arange(0, WIDE), tl.num_programs(0) * ROWS
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         w = load_rows(weight, n, N, k, K)
         take_turn(OVERLAP)
         v = load_row(x + b * K, gain, shift, k, K)
@@ -637,15 +639,13 @@ if triton:
             w = coming
 
     @triton.jit
-    def attend_kernel(qkv, kv, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
+    def attend_kernel(qkv, keys, values, y, at, S, HEADS, SCALE: tl.constexpr, HS: tl.constexpr, WIDE: tl.constexpr,
                       SPAN: tl.constexpr, OVERLAP: tl.constexpr):
         """attend_token(), a program for each sequence and head; reads the filled part of the cache only, and at once,
         since that is of earlier steps, and a step begins with torch's kernels, which start late."""
         b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDE)
         t, C, inside = tl.load(at).to(tl.int32), HEADS * HS, d < HS
-        keys = kv + (b * HEADS + h) * S * HS
-        values = keys + tl.num_programs(0).to(tl.int64) * HEADS * S * HS
-        i = tl.arange(0, SPAN)
+        keys, values, i = keys + (b * HEADS + h) * S * HS, values + (b * HEADS + h) * S * HS, tl.arange(0, SPAN)
         k, v = load_rows(keys, i, t, d, HS), load_rows(values, i, t, d, HS)
         take_turn(OVERLAP)
         qkv += b * 3 * C + h * HS + d
@@ -689,10 +689,9 @@ if triton:
                       OVERLAP: tl.constexpr):
         """sample_ids, a program for each row: only groups of 16 whose top is among the k largest tops need be read."""
         take_turn(OVERLAP)
-        row, i = tl.program_id(0), tl.arange(0, 4096)
+        row, i, n = tl.program_id(0), tl.arange(0, 4096), tl.zeros((), tl.int32)
         logits, tops, groups, kept = logits + row * stride, tops + row * G, groups + row * G, kept + row * G * 16
         bound, most = kth_largest(tops, G, k, LOWEST_BIT), tl.full((), -float('inf'), tl.float32)
-        n = tl.zeros((), tl.int32)
         for s in range(0, G, 4096):
             x = read(tops, s + i, G)
             keep = ((x >= bound) & (s + i < G)).to(tl.int32)

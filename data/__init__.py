@@ -105,7 +105,7 @@ def agreed(what: dict) -> None:
     dist.all_gather_object(everyone, what)
     for rank, theirs in enumerate(everyone):
         for key, first in everyone[0].items():
-            if theirs[key] != first and key not in ('out_dir', 'device') and not key.startswith('wandb_'):
+            if theirs[key] != first and key not in ('out_dir', 'device', 'dataset') and not key.startswith('wandb_'):
                 raise DataError(f'rank {rank} started with {key}={theirs[key]}, rank 0 with {key}={first}: all of them '
                                 'need the same options, data and checkpoint')
 

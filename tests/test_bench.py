@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from .conftest import flags
+from .conftest import flags, torchrun
 
 SMALL = dict(device='cpu', dtype='float32', compile=False, real_data=False, batch_size=2, block_size=16, n_layer=1,
              n_head=2, n_embd=8, warmup_steps=1, steps=2)
@@ -39,6 +39,13 @@ def test_the_lines_that_people_parse(bench, tmp_path):
     assert 'number of parameters: 0.40M' in out  # 50304 rows of 8 and one block
     left = [name for name in os.listdir(tmp_path / 'temp') if not name.startswith('torchinductor')]  # torch's own
     assert os.listdir() == left == []  # nothing stays behind
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_process_speaks_for_all(tmp_path):
+    done = torchrun(2, 'bench.py', *flags(**SMALL, gradient_accumulation_steps=2), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(TIME.findall(done.stdout)) == 1 and 'processes 2' in done.stdout
 
 
 def test_it_times_as_many_tokens_as_the_options_say(bench):

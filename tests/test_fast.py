@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache
 from tests import test_generate
 from tests.conftest import ROOT, TINY, flags, run
 from tests.test_generate import BLOCK, GREEDY, TOP_K, TOP_P, assert_the_same_tokens, gpt, trained  # noqa: F401
@@ -76,19 +76,20 @@ def test_gradients_in_bfloat16_on_a_cpu_are_as_near_to_float32_as_autocast(dropo
     assert 0 < ours < 1.25 * autocast < 0.1
 
 
-def test_sums_that_are_delayed_are_the_sums():
-    net, twin, x = small(), small(), ids(3, 16)
-    net.__class__ = type('Delayed', (fast.DelayedSums, fast.FusedLoss, GPT), {})
-    for block in net.transformer.h:
-        block.__class__ = fast.DelayedBlock
-        block.compile(backend='eager', dynamic=False)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for model in (net, twin):
-        model(x, x)[1].backward()
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1, 'one for all blocks'
-    assert torch.equal(net(x, x)[0], twin(x, x)[0]) and torch.equal(net(x)[0], twin(x)[0])
-    assert torch.equal(gradients(net), gradients(twin))
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_normalized_needs_its_result_only(dtype):
+    torch.manual_seed(0)
+    x, grad = (3 * torch.randn(2, 5, 48, dtype=torch.float64) + 1 for _ in range(2))
+    x, grad, of_x = x.to(dtype), grad.to(dtype), []
+    for norm in (lambda t: F.layer_norm(t, (48,)), lambda t: fast.Normalized.apply(t, 1e-5)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        kept = getattr(y.grad_fn, 'saved_tensors', ())
+        y.backward(grad)
+        of_x.append((y.detach(), leaf.grad))
+    for a, b in zip(*of_x):
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float64 else 1e-2) * a.norm() and a.dtype == b.dtype
+    assert len(kept) == 2 and torch.equal(kept[0], y) and kept[1].shape == (2, 5, 1), 'y and a number for each row'
 
 
 class WrittenOut(CausalSelfAttention):
@@ -691,10 +692,10 @@ def test_a_token_by_the_kernels(batch, bias, gelu):
 
 def logits_by_kernels(model: GPT, idx: torch.Tensor, start: int) -> torch.Tensor:
     """Of the last position: the prompt as far as `start` by torch, what follows token by token by the kernels."""
-    caches = [fast.GraphCache(idx.size(1)) for _ in model.transformer.h]
+    caches = [KVCache(idx.size(1)) for _ in model.transformer.h]
     model(idx[:, :start], caches=caches)
     for cache in caches:
-        cache.kv[:, :, :, start:] = 1e4  # what lies beyond the filled part does not matter
+        cache.k[:, :, start:] = cache.v[:, :, start:] = 1e4  # what lies beyond the filled part does not matter
     for t in range(start, idx.size(1)):
         logits = fast.forward_token(model, idx[:, t:t + 1], caches, torch.tensor([t], device=idx.device))
     return logits
