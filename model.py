@@ -31,7 +31,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # whether Linears and LayerNorms have one
+    bias: bool = True  # whether Linears (but lm_head) and LayerNorms have one
     gelu: str = 'exact'  # or 'tanh', the approximation that the published GPT-2 weights were trained with
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(q k.T / sqrt(hs)) v, head by head, where no position sees a later one."""
         p = self.attn_dropout.p if self.training else 0.0  # torch's function applies this dropout itself
-        # a single query is the last token and may see all keys; `if`, since to torch.compile a size may be a symbol
+        # a single query is the last token and may see all keys; a plain bool: torch.compile may make `>` a symbol
         return F.scaled_dot_product_attention(q, k, v, is_causal=True if q.size(2) > 1 else False, dropout_p=p)
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
         normed = self.ln_1(x)
-        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # your own may not accept one
+        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # an attention you put in may take no cache
         return x + self.mlp(self.ln_2(x))
 
 
@@ -197,7 +197,7 @@ class GPT(nn.Module):
         """
         T, block_size = idx.size(1), self.config.block_size
         uniforms = torch.rand(len(idx), max_new_tokens) if uniforms is None else uniforms
-        caches = None  # where your own block or attention does not accept one, each step reads all tokens again
+        caches = None  # where a block or attention of yours takes none, each step reads all tokens again
         parts = [part for block in self.transformer.h for part in (block, getattr(block, 'attn', block))]
         if all('cache' in inspect.signature(part.forward).parameters for part in parts):
             caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in self.transformer.h]
@@ -245,8 +245,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict[str, torch.Tensor]) -> 'GPT':
-        """A model on the CPU, built on the tensors of a state dict (no copies if they are float32). `_orig_mod.` and
-        `module.` of wrapped models and attention masks are left out. Raises ValueError naming what does not fit."""
+        """A model on the tensors of a state dict (no copies if they are float32). Attention masks are left out, and the
+        prefixes `_orig_mod.` and `module.` of wrapped models. Raises ValueError naming what does not fit."""
         with torch.device('meta'):  # names and shapes, but no memory
             model = cls(config)
         own = model.state_dict()
@@ -317,7 +317,7 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     Token ids (B,) from logits (B, V) and uniforms u (B,). Lay the probabilities end to end on the line from 0 to 1 and
     take the token whose stretch contains u. So what a row draws depends on its own logits and u, and on nothing else.
     """
-    if temperature < 1e-20:  # 0, or so little that float32 cannot divide by it
+    if temperature < 1e-20:  # 0, or as good as that
         return logits.argmax(-1)
     logits = logits.float()
     if 0 < (top_k or 0) < logits.size(-1):
@@ -354,7 +354,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm by the arguments of nanoGPT's own, for code that imports that; nothing here uses it."""
+    """nn.LayerNorm with the arguments of nanoGPT's class, for code that imports it from here; nothing here uses it."""
 
     def __init__(self, ndim: int, bias: bool = True):
         super().__init__(ndim, bias=bias)

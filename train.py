@@ -62,10 +62,10 @@ lr_decay_iters = 600000  # the cosine ends here; about max_iters (Hoffmann et al
 min_lr = 6e-5  # the learning rate from then on; about learning_rate / 10
 backend = 'auto'  # of torchrun's process group: nccl on GPUs, gloo elsewhere
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
-dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it, float16 on older GPUs
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where native, else float16 on CUDA, float32 elsewhere
 compile = True  # torch.compile the model; where that cannot work, training goes on without
-seed = 1337  # everything random follows from it and the step
-# applies config files and --key=value; defines config, fail, need, at_least, resolve, free_memory and others
+seed = 1337  # all that training draws follows from it and the step
+# applies config files and --key=value; defines config, and what is called below and not imported: need, resolve, ...
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
 
@@ -100,8 +100,8 @@ if ddp:
         torch.cuda.set_device(device)
     backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
-params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # or more; each with a gradient and two moments
-least = 16 * params + 2 * n_layer * n_embd * batch_size * block_size
+params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
+least = 16 * params + 2 * n_layer * n_embd * batch_size * block_size  # a 16-bit activation a layer is kept
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
 if init_from == 'scratch' and least > (free := free_memory(device)):
     fail(f'n_layer={n_layer}, n_embd={n_embd}, block_size={block_size}, batch_size={batch_size}, eval_iters='
@@ -137,14 +137,14 @@ try:
 except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
-if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
+if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):  # own: not padded to a multiple of 64
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if resumed and stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
-if ddp:
+if ddp:  # all ranks must start alike; a sum of norms stands for the weights
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in raw_model.parameters())
     agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num, 'weights': f'{size:.6g}'})
-if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # all checks have passed
+if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # only now: it moves earlier files aside
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
@@ -167,7 +167,7 @@ if compile:
 # fast.py swaps in faster parts. flat: all gradients are slices of one tensor, which it averages over the ranks itself
 can_be_flat = not eval_only and (not ddp or backend == 'nccl')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
-if compile:  # piece by piece: one graph serves all blocks, so that it is ready in a fraction of the time
+if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
     for block in raw_model.transformer.h:
         block.compile(dynamic=False)
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
@@ -178,7 +178,7 @@ if ddp and not flat:
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-loss_sum = torch.zeros((), device=device)  # this rank's mean loss over the micro-steps of an update
+mean_loss = torch.zeros((), device=device)  # of this rank, over the micro-steps of an update
 norms = []  # of the gradients since the last check_finite(), still on the device
 
 
@@ -188,31 +188,31 @@ def to_device(tensor):
 
 
 def forward_backward(x, y):
-    """One micro-step: adds its gradients to those of the parameters, and its share of the loss to loss_sum."""
+    """One micro-step: adds its gradients to those of the parameters, and its share of the loss to mean_loss."""
     with autocast():
         loss = model(x, y)[1]
     scaler.scale(loss / micro_steps).backward()
-    loss_sum.add_(loss.detach() / micro_steps)
+    mean_loss.add_(loss.detach() / micro_steps)
 
 
 def clip_and_step():
     """Clip gradients, update parameters, clear gradients; returns the norm of the gradients before clipping."""
     if flat:
-        fast.finish_gradients(raw_model)
+        fast.finish_gradients(raw_model)  # separates those of a Linear and the LayerNorm folded into it
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)  # inf: it only measures
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not flat)
     if flat:
-        fast.renew_copies(raw_model)
+        fast.renew_copies(raw_model)  # of the weights, in 16 bits, which the next forward pass reads
     return norm
 
 
-# A small kernel takes longer to launch than to run, so small models replay an update as CUDA graphs: one launch for all
-# kernels. Above about 2e13 FLOPs that does not pay. Not with float16: its scaler has to wait for the device
+# A small kernel takes longer to launch than to run, so small models replay a micro-step, and clip_and_step, as one CUDA
+# graph each. From about 2e13 FLOPs a micro-step that does not pay. Not with float16: its scaler waits for the device
 flops = raw_model.flops_per_token() * batch_size * block_size
-capture = flat and flops < 2e13 and not scaler.is_enabled() and not (ddp and torch.version.hip)  # pytorch #177309
+capture = flat and flops < 2e13 and not scaler.is_enabled() and not (ddp and torch.version.hip)  # ROCm: pytorch #177309
 micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
@@ -224,7 +224,7 @@ if capture:
 
 def update(step):
     """Gradients from all micro-steps, then a step of the optimizer; returns their norm, still on the device."""
-    loss_sum.zero_()
+    mean_loss.zero_()
     for m in range(micro_steps):
         part = m * world_size + rank  # which of the gradient_accumulation_steps micro-batches of this update
         x, y = bins.train_batch(seed, step, part, gradient_accumulation_steps, batch_size)
@@ -266,7 +266,7 @@ def evaluate():
     """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
     raw_model.eval()
     count, sums = eval_iters * batch_size, {}
-    # without gradients larger batches fit: 131,072 tokens (without CUDA 8,192), but not more than 2^28 logits
+    # without gradients more than batch_size may fit: up to 131,072 tokens (without CUDA 8,192) and 2^28 logits
     fit = min((1 << 17 if device_type == 'cuda' else 1 << 13) // block_size, (1 << 28) // (block_size * vocab_size))
     rows = min(max(fit, batch_size), -(-count // world_size))
     for split in ('train', 'val'):
@@ -278,7 +278,7 @@ def evaluate():
             with autocast():
                 sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
-    return {split: total * world_size / count for split, total in zip(sums, mean_over_ranks(*sums.values()))}
+    return {split: mean * world_size / count for split, mean in zip(sums, mean_over_ranks(*sums.values()))}
 
 
 def save(name):
@@ -299,7 +299,7 @@ def save(name):
 
 
 def leave_together(status=0):
-    """End the process group, all ranks at once; with a message or a status other than 0 also the process."""
+    """End the process group on all ranks; then the process too, but for status 0 where the backend is not gloo."""
     if ddp:
         dist.barrier()
         dist.destroy_process_group()
@@ -313,7 +313,7 @@ def check_finite(*losses):
     # float16: the scaler skips such an update and lowers its scale, which is normal while that is at least 1
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
-        at = bad[0] if bad else iter_num - 1
+        at = bad[0] if bad else max(iter_num - 1, 0)
         leave_together(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                        f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
 
@@ -329,7 +329,7 @@ header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': d
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
              resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 stop.listen()
-saved_at = iter_num
+saved_at = iter_num  # up to here nothing is new
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
 
@@ -349,7 +349,7 @@ while not nothing_to_do:  # every end is a break below
                 break
             improved = losses['val'] < best_val_loss
             best_val_loss = min(losses['val'], best_val_loss)
-            # what was resumed may have been saved on a signal, before this evaluation
+            # what was just resumed is in a file already, but may be evaluated for the first time: if best, to ckpt.pt
             if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
@@ -366,7 +366,7 @@ while not nothing_to_do:  # every end is a break below
     stops = bool(stop) and not ddp
     if (iter_num - 1) % log_interval == 0:
         norm = float(norms[-1])  # before check_finite clears them
-        loss, stops = mean_over_ranks(loss_sum, float(bool(stop)))
+        loss, stops = mean_over_ranks(mean_loss, float(bool(stop)))
         check_finite(loss)
         dt = watch.lap(iter_num)
         say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
