@@ -1,6 +1,6 @@
 """
 Speed, and nothing else. Delete this file and every script still runs, on model.py alone, equal but for rounding (and,
-on a CPU, which elements dropout drops). Before you change model.py, delete it: some parts below repeat code from there.
+on a CPU, which elements dropout drops). Delete it before you change model.py: parts below repeat code from there.
 Every class names its plain twin, mostly its base class, and a test compares the two.
 
 The scripts import it before torch and use these entry points; model.py knows nothing of it:
@@ -184,9 +184,9 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         grad, x, weight, n = ctx.saved_tensors  # grad: softmax less one-hot, n times the gradient of the logits
-        scale = scale / n  # float32, of one dimension: the products below round once
+        scale = scale / n  # float32: the products below round once
         scaled = FusedCrossEntropy.product(x, scale, torch.empty_like(x))
-        of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)
+        of_weight = grad.t() @ scaled if ctx.total is None else add_product(ctx.total, grad, scaled)  # None: added
         of_x = torch.mm(grad, weight, out=scaled)
         return FusedCrossEntropy.product(of_x, scale, of_x), of_weight, None, None
 
@@ -201,7 +201,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 class FusedLoss(GPT):
     """GPT, whose score() is FusedCrossEntropy where there are targets; it has no logits left to return."""
 
-    def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def score(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         if targets is None or (x.is_cpu and targets.numel() * self.lm_head.out_features < 1 << 23):  # 32 MB of logits
             return super().score(x, targets)
         x, head, kind = self.transformer.ln_f(x), self.lm_head, x.device.type
@@ -284,12 +284,12 @@ class FoldedLayerNorm(nn.LayerNorm):
 
 
 class Normalized(torch.autograd.Function):
-    """(x - mean) / deviation, over the channels. Its backward pass reads y, which the next Linear keeps anyway, and not
-    x, which then is not kept: a twelfth of all memory."""
+    """(x - mean) / deviation, over the channels. Its backward pass reads y, which the next Linear keeps anyway where x
+    has 16 bits, and not x, which then is not kept: a twelfth of all memory."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, eps: float) -> torch.Tensor:
-        y, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        y, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)  # autocast: y in float32
         ctx.save_for_backward(y := y.to(x.dtype), inverse)
         return y
 

@@ -126,7 +126,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C)."""
         normed = self.ln_1(x)
-        x = x + (self.attn(normed, cache) if cache else self.attn(normed))  # an attention you put in may take no cache
+        x = x + (self.attn(normed) if cache is None else self.attn(normed, cache))  # your attention may take no cache
         return x + self.mlp(self.ln_2(x))
 
 
@@ -251,7 +251,7 @@ class GPT(nn.Module):
             model = cls(config)
         own = model.state_dict()
         state = {k.replace('_orig_mod.', '').removeprefix('module.'): v for k, v in state.items() if hasattr(v, 'ndim')}
-        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}  # the masks
         if 'transformer.wte.weight' in state:  # some writers leave the tied matrix out
             state.setdefault('lm_head.weight', state['transformer.wte.weight'])
         problems = [f'{k} is missing' for k in own if k not in state]
@@ -331,7 +331,7 @@ def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
         p = p.masked_fill(p < likely.gather(-1, (count - 1).clamp(min=0)), 0.0)
     ends = p.cumsum(-1)  # where each token ends on the line
     index = (ends <= u[:, None] * ends[:, -1:]).sum(-1)  # so many tokens end at or before u: the next contains it
-    return index.minimum((ends < ends[:, -1:]).sum(-1))  # at most the last token that has any probability
+    return index.minimum((ends < ends[:, -1:]).sum(-1))  # if rounding leads past them all: the last that can be drawn
 
 
 # Peaks of matrix multiplication in bfloat16 (V100 and T4: float16), dense, summed in float32, in TFLOP/s, from the

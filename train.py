@@ -144,7 +144,7 @@ if resumed and stored.get('codec', bins.state) != bins.state:
 if ddp:  # all ranks must start alike; a sum of norms stands for the weights
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in raw_model.parameters())
     agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num, 'weights': f'{size:.6g}'})
-if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # only now: it moves earlier files aside
+if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
@@ -164,7 +164,7 @@ if compile:
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# fast.py swaps in faster parts. flat: all gradients are slices of one tensor, which it averages over the ranks itself
+# fast.py swaps in faster parts. flat: whether it made all gradients slices of one tensor (then it averages them, too)
 can_be_flat = not eval_only and (not ddp or backend == 'nccl')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
 if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
@@ -299,7 +299,7 @@ def save(name):
 
 
 def leave_together(status=0):
-    """End the process group on all ranks; then the process too, but for status 0 where the backend is not gloo."""
+    """End the process group on all ranks, then the process; with status 0 only under gloo, else this returns."""
     if ddp:
         dist.barrier()
         dist.destroy_process_group()
@@ -329,7 +329,7 @@ header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': d
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
              resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
 stop.listen()
-saved_at = iter_num  # up to here nothing is new
+saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
 raw_model.train()
 
@@ -349,7 +349,7 @@ while not nothing_to_do:  # every end is a break below
                 break
             improved = losses['val'] < best_val_loss
             best_val_loss = min(losses['val'], best_val_loss)
-            # what was just resumed is in a file already, but may be evaluated for the first time: if best, to ckpt.pt
+            # a resumed state is in a file already, perhaps in last.pt, never evaluated: if it is best, to ckpt.pt
             if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
@@ -362,7 +362,7 @@ while not nothing_to_do:  # every end is a break below
     iter_num += 1
     on_step(iter_num, raw_model)
 
-    # log; several ranks agree here on whether one of them was told to stop
+    # log; with several ranks, `stops` is set only here: to the share of ranks that were told to stop, 0 for none
     stops = bool(stop) and not ddp
     if (iter_num - 1) % log_interval == 0:
         norm = float(norms[-1])  # before check_finite clears them
@@ -374,8 +374,7 @@ while not nothing_to_do:  # every end is a break below
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
     if stops and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
         check_finite()
-        if iter_num > saved_at:
-            save('ckpt.pt' if always_save_checkpoint else 'last.pt')
+        save('ckpt.pt' if always_save_checkpoint else 'last.pt')
         say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
         break
 

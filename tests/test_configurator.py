@@ -511,7 +511,7 @@ def test_a_mistake_in_a_config_of_the_repo(toy):
     ('seed = (1', "line 1: SyntaxError: '(' was never closed"),
     ('seed = 1\nreturn', "line 2: SyntaxError: 'return' outside function"),
     ('seed = 1\nraise SystemExit(3)', 'line 2: SystemExit: 3'),
-    ('\nimport sys\nsys.exit(None)', 'line 3: SystemExit: '),  # without None it is 0 once wandb has put its own function there
+    ('\nimport sys\nsys.exit(None)', 'line 3: SystemExit: '),  # None: wandb's sys.exit has a 0
 ])
 def test_config_mistake(toy, body, message):
     assert toy.mistake(toy.file(body)) == [f'my.py, {message}']
