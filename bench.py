@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from data import bins, codec, launched
+from data import bins, codec, launched, leave
 from model import GPT, GPTConfig, sample_ids
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -227,12 +227,9 @@ def time_sample() -> None:
               + (f'; {dt / than:.1f} times as long as ours' if than else ''))
         return dt
 
-    how = dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
-
-    def generate():
-        return list((fast or GPT).stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how))
-
-    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(generate, 5))
+    stream, how = (fast or GPT).stream, dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
+    ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
+        lambda: list(stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how)), 5))
     if not compare:
         return
 
@@ -269,3 +266,4 @@ else:
         plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '
               f'{plain / ours:.3f} times as long as ours')
+leave(at_once=world_size > 1)

@@ -59,14 +59,18 @@ def start(arguments: list[str], output: str, env: dict | None = None, setup=None
     return process
 
 
+def free_port() -> str:
+    """A TCP port that nobody uses."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
 def start_ranks(processes: int, arguments: list[str], output: str, setup=None,
                 own: tuple = ()) -> list[multiprocessing.Process]:
     """The same on several gloo processes, without torchrun: rank r writes to f'{output}.{r}'. The last rank gets
     arguments of its `own`, too."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    env = {'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
     return [start([*arguments, *(own if r == processes - 1 else ())], f'{output}.{r}',
                   {**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, setup) for r in range(processes)]
 

@@ -19,7 +19,7 @@ import data
 from data import bins, codec
 from data import checkpoint as ckpt
 from tests.conftest import ROOT, TINY, flags, run, torchrun
-from tests.kill_loop import assert_same, ended, kill_loop, latest, records, start, start_ranks, text
+from tests.kill_loop import assert_same, ended, free_port, kill_loop, latest, records, start, start_ranks, text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and signals')
 OPTIONS = {**TINY, 'dropout': 0.2, 'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 4}
@@ -475,6 +475,64 @@ def test_a_mistake_in_the_data_is_said_by_the_first_rank(options, tmp_path, own_
     assert [ended(rank) for rank in ranks] == [2, 2]
     assert text(f'{output}.0.err') == (f'{own_dataset}/val.bin is missing: run python data/prepare.py {own_dataset} '
                                        'YOUR_TEXT\n')
+
+
+# for LD_PRELOAD: after arm(), gloo's next work is held up until release(), which then keeps Python's lock for a moment
+HOLD = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdatomic.h>
+#include <unistd.h>
+static atomic_int armed, released;
+void arm(void) { armed = 1; }
+void release(void) { released = 1; usleep(2000); }
+void finish(void *work) __asm__("_ZN4c10d16ProcessGroupGloo9AsyncWork14finishWorkGlooEv");
+void finish(void *work) {
+    void (*real)(void *) = dlsym(dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD),
+                                 "_ZN4c10d16ProcessGroupGloo9AsyncWork14finishWorkGlooEv");
+    real(work);
+    if (atomic_exchange(&armed, 0))
+        for (int i = 0; i < 100000 && !released; i++) usleep(50);
+}
+'''
+HELD = '''
+import atexit, ctypes, runpy, sys
+hold = ctypes.PyDLL(None)
+atexit.register(hold.release)  # the last thing before Python's end, with Python's lock held
+if sys.argv.pop() == 'through Python':
+    import data
+    data.leave = lambda *args, **kwargs: None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], init_globals={'on_step': lambda step, model: step == 2 and hold.arm()}, run_name='__main__')
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux' or not shutil.which('cc'), reason='needs Linux and a C compiler')
+def test_a_thread_of_gloo_that_is_late_at_the_end(options, tmp_path):
+    """
+    It marks an all-reduce as done, and only then lets go of its tensor, for which it needs Python's lock. If Python
+    ends while it waits (before 3.14), the thread is ended in C++ code, which aborts. Here it is held up until then.
+    """
+    (tmp_path / 'hold.c').write_text(HOLD)
+    (tmp_path / 'held.py').write_text(HELD)
+    subprocess.run(['cc', '-shared', '-fPIC', '-o', 'hold.so', 'hold.c', '-ldl'], cwd=tmp_path, check=True)
+
+    def codes(how):
+        env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(),
+               'PYTHONPATH': ROOT, 'LD_PRELOAD': str(tmp_path / 'hold.so'), 'OMP_NUM_THREADS': '1'}
+        command = [sys.executable, str(tmp_path / 'held.py'), TRAIN, *options(max_iters=2), how]
+        ranks = [subprocess.Popen(command, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True) for rank in '01']
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, said)]
+
+    if sys.version_info < (3, 14):
+        aborts = (code == -signal.SIGABRT and 'terminate called' in said
+                  for _ in range(5) for code, said in codes('through Python'))
+        assert any(aborts), 'the schedule no longer does it'
+    for _ in range(int(os.environ.get('LAUNCHES', 3))):
+        assert codes('as it is') == [(0, ''), (0, '')]
 
 
 @pytest.mark.slow
