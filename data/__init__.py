@@ -131,9 +131,11 @@ def leave(status=0, at_once: bool = False) -> None:
 
 
 def _say(kind, error, trace, otherwise=sys.excepthook):
-    """What reaches the top of a script: a DataError is one line and exit code 2, an output that nobody reads any more a
-    quiet end, with the code of tools that SIGPIPE ends; memory that is not there a line; all else keeps its traceback.
-    """
+    """What reaches the top of a script: a DataError is one line and exit code 2; Ctrl-C, and an output that nobody
+    reads any more, a quiet end with the code that such a signal gives other tools; memory that is not there a line; all
+    else keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(130)
     if issubclass(kind, BrokenPipeError):
         nobody_reads()
         raise SystemExit(141)

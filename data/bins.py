@@ -21,7 +21,6 @@ import pickle
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import torch
 
 from data import DataError, codec, lock, unlock, writing
 
@@ -156,8 +155,7 @@ class Bins:
         folder = folder if os.path.isdir(folder) else dataset
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
-        self.folder, self.block_size = folder, block_size
-        own = os.path.join(folder, 'prepare.py')
+        self.folder, self.block_size, own = folder, block_size, os.path.join(folder, 'prepare.py')
         self.prepare = f'python {own if os.path.exists(own) else f"data/prepare.py {dataset} YOUR_TEXT"}'
         self.mend = f'run {self.prepare} again; or, if another program wrote the file, remove bins.json'
         if not os.path.isdir(folder):
@@ -211,8 +209,9 @@ class Bins:
             tokens._mmap.madvise(mmap.MADV_RANDOM)
         return tokens
 
-    def _sequences(self, split: str, raw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, (n, block_size) int64 each, at the places that n random uint64 select."""
+    def _sequences(self, split: str, raw: np.ndarray) -> tuple:
+        """Inputs and targets, int64 tensors, (n, block_size) each, at the places that n random uint64 select."""
+        import torch  # here, since who only writes bins can do without it
         path = os.path.join(self.folder, f'{split}.bin')
         if os.fstat(self.files[split].fileno()).st_size < self.tokens[split].nbytes:  # reading on would be a SIGBUS
             raise DataError(f'{path} was cut short while it was read: run {self.prepare} again', one_rank=True)
@@ -228,16 +227,15 @@ class Bins:
             print(f'note: {found}, but the model has room for it')
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
-    def train_batch(self, seed: int, step: int, part: int, parts: int,
-                    batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Micro-batch `part` of the `parts` that make up update `step`: (x, y), each (batch_size, block_size) int64."""
+    def train_batch(self, seed: int, step: int, part: int, parts: int, batch_size: int) -> tuple:
+        """Micro-batch `part` of the `parts` of update `step`: (x, y), int64 tensors, (batch_size, block_size) each."""
         if step % 256 == 0 and hasattr(mmap, 'MADV_DONTNEED'):  # or all pages ever read would stay in this process
             self.tokens['train']._mmap.madvise(mmap.MADV_DONTNEED)
         raw = draw(parts * batch_size, seed, 'train', step)
         return self._sequences('train', raw[part * batch_size:(part + 1) * batch_size])
 
     def eval_batches(self, split: str, count: int, batch_size: int, rank: int = 0,
-                     world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+                     world_size: int = 1) -> Iterator[tuple]:
         """
         The share of `rank` in the first `count` evaluation sequences of a split, the same ones in every run: yields
         (x, y, n) where n <= batch_size sequences count and the rest, for a fixed shape, has targets -1.

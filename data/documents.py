@@ -42,16 +42,18 @@ class Piece(NamedTuple):
 
 def files_of(paths: Iterable[str]) -> list[str]:
     """The files that paths, folders (all below them, sorted) and globs mean. Raises DataError if one means none."""
-    found = []
+    found, other = [], []
     for path in paths:
         if os.path.isdir(path):
-            below = glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True)
-            files = sorted(f for f in below if kind(f) is not None and os.path.isfile(f))
+            below = filter(os.path.isfile, glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True))
+            files = sorted(f for f in below if kind(f) or other.append(os.path.splitext(f)[1] or 'no ending'))
         else:
             files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not files:
             raise DataError(f'{path}: no such file, or no {", ".join(TEXT + LINES + PARQUET)} (.gz, .zst) in it')
         found += files
+    if other:
+        print(f'note: {len(other)} other files are left out ({", ".join(sorted(set(other))[:9])})')
     once = {}  # whatever ways lead to a file, or its end would come into val, and a copy of it into train
     for path in found:
         once.setdefault(os.path.realpath(path), path)

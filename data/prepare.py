@@ -20,7 +20,7 @@ REPO = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path[:0] = [REPO] * (REPO not in sys.path)
 from tqdm import tqdm  # noqa: E402
 
-from data import DataError, codec  # noqa: E402
+from data import DataError, bins, codec  # noqa: E402
 from data import documents as docs  # noqa: E402
 
 
@@ -63,10 +63,8 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
             yield from splits.items()
 
     stream = ids()
-    first = list(itertools.islice(stream, 1))  # this starts the processes; they go on while torch is imported
-    if not first:
+    if not (first := list(itertools.islice(stream, 1))):
         raise DataError(f'{", ".join(map(str, paths))}: there is no text in it')
-    from data import bins
     index = bins.write(folder, codes, itertools.chain(first, stream))
     bins.report(index, found['characters'], expected)
     return {**index, 'found': found}
@@ -111,7 +109,7 @@ def advice(index: dict, name: str) -> str:
     tokens = given['max_iters'] * given['gradient_accumulation_steps'] * given['batch_size'] * block
     fits = min(train, val) - 1
     if fits < 8:
-        return f'train has {train} tokens and val {val}: too few to train on; add text, or change --val'
+        raise DataError(f'train has {train} tokens and val {val}: too few to train on; add text, or change --val')
     out_dir = f'--out_dir=out-{os.path.basename(name)}'
     options = [f'--dataset={name}', out_dir, *['--init_from=gpt2'] * (config == 'finetune_shakespeare'),
                *[f'--block_size={fits}'] * (fits < block)]

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,7 +234,7 @@ def test_a_text_to_a_sample(tmp_path):
 def test_a_short_text_gets_a_smaller_block_size(tmp_path, length, says):
     (tmp_path / 'my.txt').write_text('abcdefghij' * (length // 10))
     done = run(sys.executable, PREPARE, f'{tmp_path}/mine', f'{tmp_path}/my.txt', '--tokenizer=char')
-    assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2 * (length < 100) and says in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize('arguments, says', [
@@ -325,6 +326,32 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
     for name in ('train.bin', 'val.bin', 'bins.json'):
         sums = {hashlib.sha256((tmp_path / f / name).read_bytes()).hexdigest() for f in ('mine', 'straight')}
         assert len(sums) == 1, name
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path):
+    """A real one, of 2 MB: train.bin takes 4."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=2m tmpfs {disk}'
+    if not shutil.which('unshare') or run('unshare', '-rm', 'sh', '-c', mount).returncode:
+        pytest.skip('this system lets nobody mount a disk of their own')
+    (tmp_path / 'a.txt').write_text('abcdefghij' * 220_000)
+    command = f'{sys.executable} {PREPARE} {disk}/mine {tmp_path}/a.txt --tokenizer=char --num_proc=2'
+    done = run('unshare', '-rm', 'sh', '-c', f'{mount}; {command}; echo $?; ls {disk}/mine')
+    assert done.stdout.split() == ['2', 'bins.json'], 'unfinished, and nothing half-written'
+    assert re.fullmatch(rf'{disk}/mine/train.bin could not be written \(No space left on device\).*\n', done.stderr)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_quietly(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "To be, or not to be"}\n' * 10**6)
+    process = subprocess.Popen([sys.executable, PREPARE, f'{tmp_path}/mine', f'{tmp_path}/a.jsonl', '--tokenizer=char',
+                                '--num_proc=2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'Traceback' not in said, said
 
 
 @pytest.mark.slow
