@@ -71,7 +71,7 @@ def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), 
             if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
                 raise DataError(f'{split}: token id {bad}, vocabulary {tokenizer.vocab_size}')
-            raw = ids.astype(DTYPES[dtype]).tobytes()
+            raw = np.ascontiguousarray(ids, DTYPES[dtype])
             files[split].write(raw)
             digests[split].update(raw)
             counts[split] += len(ids)
