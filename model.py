@@ -20,6 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PUBLISHED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # OpenAI's released weights, by their names on the hub
+# GPT-2's own layers, Conv1D, keep these as (in, out); Linear wants (out, in)
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
 
 
 @dataclass
@@ -305,10 +307,8 @@ class GPT(nn.Module):
             raise ValueError(f'{model_type} is no plain GPT-2: width, epsilon, attention scale or activation differs')
         config = GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                            n_embd=c.n_embd, bias=True, gelu=gelu, **(override_args or {}))
-        # GPT-2's own layers, Conv1D, keep their matrix as (in, out); Linear wants (out, in)
-        conv1d = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
         state = hf.state_dict()
-        return cls.from_state(config, {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()})
+        return cls.from_state(config, {k: v.t().contiguous() if k.endswith(CONV1D) else v for k, v in state.items()})
 
 
 def sample_ids(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int | None,

@@ -60,22 +60,14 @@ end_if_wrong()
 
 # -- model and tokenizer --------------------------------------------------------------------------------------------
 
-tokenizer = codec.BPECodec()
 try:
     if init_from == 'resume':
-        path = next((p for p in (os.path.join(out_dir, name) for name in ckpt.NAMES) if os.path.lexists(p)), None)
-        if path is None:
-            fail(f'no ckpt.pt or last.pt in out_dir={out_dir}: {ckpt.earlier(out_dir)}train first, or try '
-                 '--init_from=gpt2')
-        checkpoint = ckpt.load(path, mmap=True)
+        path, checkpoint = ckpt.to_sample(out_dir)
         with fast.loading() if fast else contextlib.nullcontext():
             model = GPT.from_checkpoint(checkpoint)
-        if 'codec' in checkpoint:
-            tokenizer = codec.from_state(checkpoint['codec'])
-        else:  # an older file: the dataset folder knows
-            folder = str(checkpoint.get('config', {}).get('dataset', ''))
-            tokenizer = codec.of_folder(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'data', folder))
+        tokenizer = codec.of_checkpoint(checkpoint)
     else:
+        tokenizer = codec.of_folder(init_from)
         model = GPT.from_pretrained(init_from)
 except OSError as e:
     fail(str(e))

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import checkpoint as ckpt
-from data import agreed, launched, leave, unlock
+from data import agreed, codec, launched, leave, unlock
 from data.bins import Bins, draw
 from data.runlog import RunLog, Stop, Stopwatch, claim, versions
 from model import GPT, PUBLISHED, GPTConfig
@@ -122,7 +122,7 @@ bins = Bins(dataset, block_size)
 if master and not eval_only and init_from != 'resume':
     claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 resumed = init_from == 'resume'
-iter_num, best_val_loss, stored = 0, math.inf, None  # iter_num: updates done, so the index of the next one
+iter_num, best_val_loss, stored = 0, math.inf, {}  # iter_num: updates done, so the index of the next one
 try:
     if init_from == 'scratch':
         raw_model = GPT(GPTConfig(**shape, vocab_size=bins.model_vocab_size))
@@ -131,6 +131,8 @@ try:
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
     else:
+        if os.path.exists(own := os.path.join(init_from, 'meta.pkl')):  # export.py wrote it
+            stored = {'codec': codec.read_meta(own).state()}
         raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
         if block_size != raw_model.config.block_size:
             raw_model.crop_block_size(block_size)
@@ -139,8 +141,8 @@ except ValueError as e:
 vocab_size = raw_model.config.vocab_size
 if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):  # own: not padded to a multiple of 64
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
-if resumed and stored.get('codec', bins.state) != bins.state:
-    fail(f'dataset={dataset} has other tokens than the run in out_dir={out_dir}, though as many: no match')
+if stored.get('codec', bins.state) != bins.state:
+    fail(f'dataset={dataset} has other tokens than the model of init_from={init_from}, though as many: no match')
 if ddp:  # all ranks must start alike; a sum of norms stands for the weights
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in raw_model.parameters())
     agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num, 'weights': f'{size:.6g}'})
@@ -171,9 +173,7 @@ if compile:  # piece by piece: the code of one block serves all, so it is ready 
     for block in raw_model.transformer.h:
         block.compile(dynamic=False)
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
-model = raw_model
-if ddp and not flat:
-    model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if ddp and not flat else raw_model
 
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 

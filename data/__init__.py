@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import socket
 import sys
@@ -108,6 +109,26 @@ def agreed(what: dict) -> None:
             if theirs[key] != first and key not in ('out_dir', 'device', 'dataset') and not key.startswith('wandb_'):
                 raise DataError(f'rank {rank} started with {key}={theirs[key]}, rank 0 with {key}={first}: all of them '
                                 'need the same options, data and checkpoint')
+
+
+def fetched(path: str, url: str, sha256: str) -> bool:
+    """
+    See that a file is there, if need be from `url`, where it must have the given hash; a file that is there is used
+    whatever it holds. Whether it is the published one, with a line if not. Raises DataError, and leaves no half file.
+    """
+    if not os.path.exists(path):
+        import torch  # the download checks the hash before the file gets its name
+        print(f'fetching {url}', flush=True)
+        try:
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+        except Exception as e:  # HTTP status, no network, cut short, wrong hash, disk
+            raise DataError(f'{path} could not be fetched ({type(e).__name__}: {e}). Without network: save {url} there '
+                            'by other means, or any UTF-8 text of your own, and run this again') from e
+    with open(path, 'rb') as f:
+        published = hashlib.sha256(f.read()).hexdigest() == sha256
+    if not published:
+        print(f'note: {path} is not the published text; going on with it as it is')
+    return published
 
 
 def nobody_reads() -> None:

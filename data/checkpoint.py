@@ -140,9 +140,13 @@ def _problem(checkpoint: dict) -> str | None:
     return wrong[0] if wrong else None
 
 
+def _paths(folder: str) -> list[str]:
+    return [path for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)]
+
+
 def newest(folder: str) -> dict | None:
     """The checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
-    found = {path: load(path) for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)}
+    found = {path: load(path) for path in _paths(folder)}
     if path := next((path for path, checkpoint in found.items() if 'iter_num' not in checkpoint), None):
         raise DataError(f'{path} has no iter_num: sample.py can use it, but no run can go on from it')
     return max(found.values(), key=lambda checkpoint: checkpoint['iter_num'], default=None)
@@ -185,6 +189,14 @@ def earlier(folder: str) -> str:
     """A hint at the files of an earlier run that claim() renamed, or nothing."""
     there = os.path.join(folder, 'ckpt.prev.pt')
     return f'{there} is of an earlier run, rename it to go on with that; or ' if os.path.exists(there) else ''
+
+
+def to_sample(folder: str) -> tuple[str, dict]:
+    """Path and content of the checkpoint to sample from: ckpt.pt, else last.pt; tensors stay on disk. Or DataError."""
+    if not (paths := _paths(folder)):
+        raise DataError(f'no ckpt.pt or last.pt in out_dir={folder}: {earlier(folder)}train first, or try '
+                        '--init_from=gpt2')
+    return paths[0], load(paths[0], mmap=True)
 
 
 def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:

@@ -1,8 +1,8 @@
 """Text, and its way to token ids and back: byte-pair encodings, one id per character, or tokens of one's own."""
 
 import functools
-import hashlib
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -18,26 +18,6 @@ END_OF_TEXT = '<|endoftext|>'
 # ids stay the same. (\x1c-\x1f are space to Python alone.)
 SPACE, OTHER = r'[^\S\x1c-\x1f]', r'[\S\x1c-\x1f]'
 CUT = re.compile(f'(?<={OTHER})(?={SPACE})|(?<={SPACE})(?={SPACE}{OTHER})')
-
-
-def fetched(path: str, url: str, sha256: str) -> bool:
-    """
-    See that a file is there, if need be from `url`, where it must have the given hash; a file that is there is used
-    whatever it holds. Whether it is the published one, with a line if not. Raises DataError, and leaves no half file.
-    """
-    if not os.path.exists(path):
-        import torch  # the download checks the hash before the file gets its name
-        print(f'fetching {url}', flush=True)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except Exception as e:  # HTTP status, no network, cut short, wrong hash, disk
-            raise DataError(f'{path} could not be fetched ({type(e).__name__}: {e}). Without network: save {url} there '
-                            'by other means, or any UTF-8 text of your own, and run this again') from e
-    with open(path, 'rb') as f:
-        published = hashlib.sha256(f.read()).hexdigest() == sha256
-    if not published:
-        print(f'note: {path} is not the published text; going on with it as it is')
-    return published
 
 
 class BPECodec:
@@ -155,7 +135,8 @@ class TokenCodec:
 
     def __init__(self, texts: list[str | None], raw: bool = False):
         self.texts, self.raw, self.vocab_size = texts, raw, len(texts)
-        self.ids = {text: i for i, text in enumerate(texts) if text}
+        self.itos = {i: text for i, text in enumerate(texts) if text}
+        self.ids = {text: i for i, text in self.itos.items()}
         self.longest_first = re.compile('|'.join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or '(?!)')
         self.default_prompt = '\n' if '\n' in self.ids else next(iter(self.ids), '0 ')
 
@@ -184,6 +165,11 @@ class TokenCodec:
 
     def state(self) -> dict:
         return {'tokenizer': self.name, 'texts': self.texts, 'raw': self.raw}
+
+    def meta(self) -> dict:
+        """What a meta.pkl holds."""
+        as_they_are = (lambda text: text.encode('ascii', 'surrogateescape')) if self.raw else str
+        return {'vocab_size': self.vocab_size, 'itos': {i: as_they_are(text) for i, text in self.itos.items()}}
 
 
 def from_state(state: dict) -> BPECodec | CharCodec | TokenCodec:
@@ -245,6 +231,22 @@ def read_meta(path: str) -> CharCodec | TokenCodec:
 
 
 def of_folder(folder: str) -> BPECodec | CharCodec | TokenCodec:
-    """The codec of a dataset folder: its meta.pkl, or GPT-2's BPE where there is none."""
-    meta = os.path.join(folder, 'meta.pkl')
-    return read_meta(meta) if os.path.exists(meta) else BPECodec()
+    """The codec of a dataset folder, or of a model in transformers' format: its meta.pkl, or GPT-2's BPE where there is
+    none. DataError for a tokenizer that is neither."""
+    if os.path.exists(meta := os.path.join(folder, 'meta.pkl')):
+        return read_meta(meta)
+    path = next((p for n in ('tokenizer.json', 'vocab.json') if os.path.exists(p := os.path.join(folder, n))), None)
+    if path:
+        with open(path, encoding='utf-8') as f:
+            vocab = (found := json.load(f)).get('model', {}).get('vocab', found)
+        if not isinstance(vocab, dict) or [vocab.get(t) for t in ('!', '\u0120the', '\u0120gazed')] != [0, 262, 50255]:
+            raise DataError(f'{path} is a tokenizer of its own, and neither GPT-2\'s nor one that export.py wrote')
+    return BPECodec()
+
+
+def of_checkpoint(checkpoint: dict) -> BPECodec | CharCodec | TokenCodec:
+    """The codec that a checkpoint stores; of an older one, that of its dataset, if that is in data/."""
+    if 'codec' in checkpoint:
+        return from_state(checkpoint['codec'])
+    folder = str(checkpoint.get('config', {}).get('dataset', ''))
+    return of_folder(os.path.join(os.path.dirname(os.path.realpath(__file__)), folder))

@@ -14,7 +14,7 @@ import threading
 import numpy as np
 import pytest
 
-from data import DataError, codec
+from data import DataError, codec, fetched
 from data.bins import Bins
 
 from .conftest import ROOT, run
@@ -182,10 +182,10 @@ HASH = hashlib.sha256(OWN.encode()).hexdigest()
 
 def test_fetched(server, tmp_path, capsys):
     path = tmp_path / 'input.txt'
-    assert codec.fetched(str(path), f'{server}/text', HASH)
+    assert fetched(str(path), f'{server}/text', HASH)
     assert capsys.readouterr().out == f'fetching {server}/text\n'
     assert path.read_bytes() == OWN.encode() and os.listdir(tmp_path) == ['input.txt']
-    assert codec.fetched(str(path), 'http://nowhere', HASH)
+    assert fetched(str(path), 'http://nowhere', HASH)
     assert capsys.readouterr().out == ''
 
 
@@ -195,7 +195,7 @@ def test_fetched(server, tmp_path, capsys):
 def test_a_failed_download_leaves_nothing_behind(server, tmp_path, page, sha, why):
     path = tmp_path / 'input.txt'
     with pytest.raises(DataError) as e:
-        codec.fetched(str(path), f'{server}/{page}', sha)
+        fetched(str(path), f'{server}/{page}', sha)
     assert str(e.value).startswith(f'{path} could not be fetched ({why}')
     assert str(e.value).endswith(f'Without network: save {server}/{page} there by other means, '
                                  'or any UTF-8 text of your own, and run this again')
@@ -204,7 +204,7 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path, page, sha, wh
 
 def test_a_folder_that_cannot_be_written(server, tmp_path):
     with pytest.raises(DataError, match=r'nowhere/input\.txt could not be fetched \(FileNotFoundError: '):
-        codec.fetched(str(tmp_path / 'nowhere' / 'input.txt'), f'{server}/text', HASH)
+        fetched(str(tmp_path / 'nowhere' / 'input.txt'), f'{server}/text', HASH)
 
 
 # -- OpenWebText ----------------------------------------------------------------------------------------------------

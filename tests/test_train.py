@@ -323,7 +323,7 @@ def test_another_vocabulary_is_refused(train, out_dir, tmp_path, chars):
     other = char_dataset(tmp_path / 'other', chars)
     done = train(init_from='resume', max_iters=9, dataset=other)
     assert done.code == 2 and done.err.count('\n') == 1
-    assert (f'dataset={other} has other tokens than the run in out_dir={out_dir}, though as many' if len(chars) == 11
+    assert (f'dataset={other} has other tokens than the model of init_from=resume, though as many' if len(chars) == 11
             else f'dataset={other} has {len(chars)} token ids (char), the model 11') in done.err
     assert contents(out_dir) == before
 
