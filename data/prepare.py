@@ -42,7 +42,7 @@ def prepare(folder: str, paths: list[str], tokenizer: str = 'gpt2', val: float =
     documents = not (plain and len(files) == 1) if documents is None else documents
 
     def each(work, title, **given):
-        with tqdm(total=total, unit='B', unit_scale=True, desc=title, delay=1) as bar:
+        with tqdm(total=total, unit='B', unit_scale=True, desc=title, delay=1, leave=False) as bar:
             source = docs.pieces(files, field, val, is_val, limit)
             for result, piece in docs.by_all_cores(work, source, {'field': field, 'empty': empty, **given}, num_proc):
                 yield result

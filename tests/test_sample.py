@@ -252,9 +252,8 @@ def test_all_problems_in_one_list(sample, chars):
 # -- files ----------------------------------------------------------------------------------------------------------
 
 def test_no_checkpoint(sample, out_dir):
-    done = sample()
-    assert done.code == 2
-    assert done.err == f'sample.py: no ckpt.pt or last.pt in out_dir={out_dir}: train first, or try --init_from=gpt2\n'
+    with pytest.raises(DataError, match=f'^no ckpt.pt or last.pt in out_dir={out_dir}: train first, or try --init'):
+        sample()
 
 
 def test_last_is_read_if_there_is_no_best(sample, out_dir):
