@@ -38,7 +38,7 @@ eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of eac
 eval_only = False  # evaluate once, write nothing, end
 always_save_checkpoint = True  # False: ckpt.pt only on a new best val loss, other states go to last.pt
 init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
-wandb_log = False  # log to wandb too
+wandb_log = False  # send what log.jsonl gets to wandb, too
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder in data/, or a path to one
@@ -158,7 +158,7 @@ optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, 
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if resumed:  # moments and steps from the file, hyperparameters from the options
     ckpt.restore(optimizer, scaler, stored)
-    stored = None  # its tensors live in model and optimizer now
+    stored = {'wandb_id': stored.get('wandb_id')}  # its tensors live in model and optimizer now
 if compile:
     try:  # a trial: 1 if it really was compiled, 0 with TORCHDYNAMO_DISABLE=1
         tried = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device))
@@ -290,9 +290,9 @@ def save(name):
     for group in optimizer_state['param_groups']:
         group.update(lr=lr, capturable=False)  # in the file a number, where a CUDA graph needs a tensor
     ckpt.save(os.path.join(out_dir, name), {
-        'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args,
+        'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args, 'dtype': dtype,
         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
-        'codec': bins.state, 'data': bins.digests, 'scaler': scaler.state_dict(), 'dtype': dtype})
+        'codec': bins.state, 'data': bins.digests, 'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id})
     if name == 'ckpt.pt':
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out_dir, 'last.pt'))
@@ -327,7 +327,8 @@ header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': d
           'capture': capture, 'processes': world_size,
           'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
-             resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name} if wandb_log else None)
+             resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name,
+                                         'id': stored.get('wandb_id')} if wandb_log else None)
 stop.listen()
 saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
@@ -371,7 +372,7 @@ while not nothing_to_do:  # every end is a break below
         dt = watch.lap(iter_num)
         say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
-        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000)
+        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000, tok_s=tokens_per_iter / dt)
     if stops and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
         check_finite()
         save('ckpt.pt' if always_save_checkpoint else 'last.pt')

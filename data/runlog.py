@@ -88,11 +88,12 @@ class RunLog:
     """
     One JSON object a line: {"kind": "run", ...} at each start, then "train" and "eval" records, each with its "iter".
     Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
-    With path None it does nothing, which is what every rank but the first wants. Raises DataError on a full disk.
+    With path None it does nothing, which is what every rank but the first wants. wandb, if asked for, gets all but the
+    first; by `wandb_id` a later process goes on with that run. Raises DataError on a full disk.
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
-        self.path, self.run = path, None
+        self.path, self.run, self.wandb_id = path, None, (wandb or {}).get('id')
         if path is None:
             return
         kept = _before(path, resumed_at) if resumed_at else []
@@ -101,6 +102,7 @@ class RunLog:
         os.replace(path + '.tmp', path)
         if wandb:
             self.run = _start_wandb(wandb, header)
+            self.wandb_id = self.run.id if self.run else self.wandb_id
         self.write('run', iter=resumed_at, **header)
 
     def write(self, kind: str, **record) -> None:
@@ -110,9 +112,8 @@ class RunLog:
         record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         with writing(self.path), open(self.path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
-        if kind == 'eval':
-            sent = ('iter', 'train/loss', 'val/loss', 'lr', 'mfu')
-            self._wandb('log', {k: v for k, v in record.items() if k in sent})
+        if kind != 'run':
+            self._wandb('log', record)
 
     def close(self) -> None:
         self._wandb('finish')
@@ -160,7 +161,9 @@ def _start_wandb(settings: dict, config: dict):
     """A wandb run, or None with one line that says why; the local log goes on either way."""
     try:
         import wandb
-        return wandb.init(config=config, settings=wandb.Settings(init_timeout=30), **settings)
+        run = wandb.init(config=config, resume='allow', settings=wandb.Settings(init_timeout=30), **settings)
+        run.define_metric('*', step_metric='iter')
+        return run
     except ImportError:
         why = 'wandb is not installed (pip install wandb)'
     except Exception as e:  # UsageError: no key; CommError: no network

@@ -355,6 +355,15 @@ def test_ctrl_c_ends_it_quietly(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_million_documents_of_ten_bytes(tmp_path):
+    need_gpt2()
+    texts = [None if i % 1000 == 7 else '' if i % 1000 == 8 else f'{i:09d}\n' for i in range(10**6)]
+    pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', row_group_size=100_000)
+    prepare(str(tmp_path / 'mine'), [str(tmp_path / 'a.parquet')], num_proc=2)
+    assert tokens(tmp_path / 'mine') == reference(texts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('unit, times', [('a', 10**6), ('the quick brown fox ', 5 * 10**6)], ids=['equal', '100 MB'])
 def test_one_large_document(tmp_path, monkeypatch, unit, times):
     need_gpt2()

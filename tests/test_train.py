@@ -192,7 +192,7 @@ def test_the_log_says_what_ran(train, out_dir):
     assert header['config'] == done.names['config'] and header['config']['learning_rate'] == 2e-3
     assert header['torch'] == torch.__version__ and header['device'] == 'cpu' and header['dtype'] == 'float32'
     [record] = records(out_dir, 'train')
-    assert set(record) == {'kind', 'iter', 'loss', 'lr', 'norm', 'ms'}
+    assert set(record) == {'kind', 'iter', 'loss', 'lr', 'norm', 'ms', 'tok_s'}
     assert set(records(out_dir, 'eval')[0]) == {'kind', 'iter', 'train/loss', 'val/loss', 'lr', 'mfu'}
 
 
@@ -553,7 +553,7 @@ def test_one_process_and_two_do_the_same_updates(dataset, tmp_path, device, dtyp
         one, two = (records(tmp_path / processes, kind) for processes in '12')
         assert [r['iter'] for r in one] == [r['iter'] for r in two] == ([*range(10)] if kind == 'train' else [0, 10])
         for a, b in zip(one, two):
-            a, b = ({k: v for k, v in r.items() if k not in ('kind', 'ms', 'mfu')} for r in (a, b))
+            a, b = ({k: v for k, v in r.items() if k not in ('kind', 'ms', 'tok_s', 'mfu')} for r in (a, b))
             assert a == pytest.approx(b, abs=near)
     one, two = (ckpt.load(str(tmp_path / processes / 'ckpt.pt'))['model'] for processes in '12')
     for name in one:  # AdamW makes a rounding of a tiny gradient a whole step, so on a GPU some weights are further off
@@ -587,8 +587,15 @@ def test_wandb_offline_for_real(train, out_dir, tmp_path, monkeypatch, request):
     [file] = glob.glob(str(tmp_path / 'wandb' / 'offline-run-*' / '*.wandb'))
     with open(file, 'rb') as f:
         raw = f.read()
-    assert all(key in raw for key in (b'iter', b'train/loss', b'val/loss', b'lr', b'mfu', b'learning_rate'))
+    assert all(key in raw for key in (b'iter', b'train/loss', b'val/loss', b'lr', b'mfu', b'learning_rate', b'tok_s'))
     assert len(records(out_dir, 'train')) == 2
+    # resumed, it is the same run
+    done = train(wandb_log=True, wandb_project='exact', wandb_run_name='tiny', max_iters=4, init_from='resume')
+    assert done.code == 0 and iters(done) == [2, 3]
+    wandb.teardown()
+    folders = glob.glob(str(tmp_path / 'wandb' / 'offline-run-*'))
+    ids = {re.search(r'run-\d+_\d+-(\w+)', folder)[1] for folder in folders}
+    assert len(folders) == 2 and ids == {ckpt.newest(str(out_dir))['wandb_id']}
 
 
 @pytest.mark.slow
