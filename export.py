@@ -24,27 +24,29 @@ from model import CONV1D, GPT
 out_dir = 'out'  # of the training run
 to = ''  # the folder to write
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
-need(to, 'to= is empty: name the folder to write')
-need(not os.path.isdir(to) or not os.listdir(to), f'to={to} holds files already: name another folder')
+need(to and (not os.path.lexists(to) or os.path.isdir(to) and not os.listdir(to)), f'to={to} is no new or empty folder')
 end_if_wrong()
 
 # -- tokenizer ------------------------------------------------------------------------------------------------------
 
 path, checkpoint = ckpt.to_sample(out_dir)
 tokenizer = codec.of_checkpoint(checkpoint)
-special = tokenizer.default_prompt  # stands for what begins and ends a text; it is what an empty prompt becomes
 if isinstance(tokenizer, codec.BPECodec):
     converter = TikTokenConverter(pattern=tokenizer.bpe._pat_str, extra_special_tokens=tokenizer.bpe._special_tokens)
     converter.load_tiktoken_bpe = lambda path: tokenizer.bpe._mergeable_ranks
-    built = converter.converted()
-else:  # the longest token that fits first
-    ids = {} if getattr(tokenizer, 'raw', False) else {text: i for i, text in tokenizer.itos.items()}
+    built, special = converter.converted(), codec.END_OF_TEXT
+else:  # the longest token that fits first; <i> for an id without a text
+    texts = list(tokenizer.chars if tokenizer.name == 'char' else tokenizer.texts)
+    ids = {text or f'<{i}>': i for i, text in enumerate(texts) if not re.search('[\ud800-\udfff]', text or '')}
+    # bos, eos and pad: an id without a text, or a token that is no part of another, since this one is looked for first
+    wanted = [*sorted({*ids} - {*texts})[:1], tokenizer.default_prompt, *sorted(ids, key=len)[-1:]]
+    special = next((t for t in wanted if t in ids and not any(t in other and t != other for other in ids)), None)
     longest_first = '|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))
     built = Tokenizer(models.WordLevel(ids))
     built.pre_tokenizer, built.decoder = pre_tokenizers.Split(Regex(longest_first), 'isolated'), decoders.Fuse()
 if built.get_vocab_size() != tokenizer.vocab_size:
     raise DataError(f'{tokenizer.name}: {tokenizer.vocab_size} ids, {built.get_vocab_size()} of them with a text of '
-                    'their own: no tokenizer of transformers can hold that')
+                    'their own in Unicode: no tokenizer of transformers can hold that')
 
 # -- model and files ------------------------------------------------------------------------------------------------
 

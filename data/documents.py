@@ -17,6 +17,8 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -127,8 +129,9 @@ def _parquet(path: str, field: str) -> Iterator:
         raise DataError(f'{path} cannot be read as parquet ({str(e).splitlines()[0]})') from e
 
 
-def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int], int, float]]:
-    """Parts of a parquet file: row group, rows a part, which part of the group it is; rows; how much has been read."""
+def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int] | list, int, float]]:
+    """Parts of a parquet file: row group, rows a part, which part of the group it is, or, where a group has many, their
+    texts; rows; how much has been read."""
     with _parquet(path, field) as file:
         done, all_rows = 0, max(1, file.metadata.num_rows)
         for g in range(file.metadata.num_row_groups):
@@ -136,10 +139,14 @@ def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int], i
             columns = map(group.column, range(group.num_columns))
             size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
             step = max(1, 4 * PIECE * group.num_rows // max(1, size))
-            for i, start in enumerate(range(0, group.num_rows, step)):
+            parts = range(0, group.num_rows, step)
+            if large := len(parts) > 8:  # to find a part, a process has to read those before it
+                batches = file.iter_batches(step, row_groups=[g], columns=[field], use_threads=False)
+            for i, start in enumerate(parts):
                 n = min(step, group.num_rows - start)
                 done += n
-                yield (g, step, i), n, os.path.getsize(path) * done / all_rows
+                texts = next(batches).column(0).to_pylist() if large else (g, step, i)
+                yield texts, n, os.path.getsize(path) * done / all_rows
 
 
 def count_rows(files: list[str]) -> int:
@@ -215,7 +222,7 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
             batches = file.iter_batches(step, row_groups=[group], columns=[field], use_threads=False)
             texts = next(itertools.islice(batches, part, None)).column(0).to_pylist()
     for i, text in enumerate(texts[:piece.count]):
-        if isinstance(text, bytes):
+        if isinstance(piece.texts, bytes):
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
@@ -225,6 +232,11 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
                 raise DataError(f'{piece.path}, line {piece.first + i + 1} has no field {field} ({has}): choose '
                                 'one with --field')
             text = record[field]
+        elif isinstance(text, bytes):  # a column of parquet that does not say that it is text
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                raise DataError(f'{piece.path}, line {piece.first + i + 1}: {field} is not UTF-8') from None
         if not (text is None or isinstance(text, str)):
             raise DataError(f'{piece.path}, line {piece.first + i + 1}: {field} is no text, but '
                             f'{type(text).__name__}')
@@ -258,11 +270,17 @@ def by_all_cores(work: Callable, source: Iterable[Piece], given: dict, processes
         yield from map(work, source)
         return
     method = 'fork' if sys.platform == 'linux' else 'spawn'  # forked processes need not import anything
-    with multiprocessing.get_context(method).Pool(processes, _in_a_process, (given,)) as pool:
-        waiting = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context(method), _in_a_process, (given,))
+    waiting = deque()
+    try:
         for piece in source:
-            waiting.append(pool.apply_async(work, (piece,)))
+            waiting.append(pool.submit(work, piece))
             if len(waiting) > 3 * processes:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except BrokenProcessPool as e:
+        raise DataError('a process that tokenizes was ended from outside, perhaps for want of memory: run this again, '
+                        f'with fewer than --num_proc={processes}') from e
+    finally:
+        pool.shutdown(cancel_futures=True)

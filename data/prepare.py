@@ -5,8 +5,9 @@ Your own texts as a dataset, the bins that train.py reads:
     python data/prepare.py mine folder/ more.jsonl.gz '2024/*.parquet'   folders and globs, too
     python data/prepare.py mine my.txt --tokenizer=char                  one token a character, for small models
 
-Plain text is .txt and .md, one document a file; .jsonl and .parquet hold many, each in the field `text`; all may be
-packed as .gz or .zst. The dataset is the folder data/mine, or a path with a slash. After a kill, run it again.
+Plain text is .txt and .md, and any other file that is named itself, one document a file; .jsonl and .parquet hold many,
+each in the field `text`. All but .parquet may be packed as .gz or .zst. The dataset is the folder data/mine, or a path
+with a slash. After a kill, run it again.
 """
 
 import argparse
@@ -99,17 +100,16 @@ def from_hub(folder: str, repo: str, pattern: str, revision: str | None = None, 
 def advice(index: dict, name: str) -> str:
     """The two commands to run next, with a config that fits, and how often that one reads the text."""
     train, val = (index['splits'][split]['tokens'] for split in ('train', 'val'))
-    config = 'train_gpt2' if train >= 100_000_000 else 'finetune_shakespeare'
+    config = 'finetune_shakespeare' if index['tokenizer'] == 'gpt2' and train < 100_000_000 else 'train_gpt2'
     if index['tokenizer'] == 'char':
         import torch
         large = torch.cuda.is_available() or torch.backends.mps.is_available()
         config = 'train_shakespeare_char' if large else 'train_shakespeare_char_cpu'
     given = {'block_size': 1024, **runpy.run_path(os.path.join(REPO, 'config', f'{config}.py'))}
-    block = given['block_size']
-    tokens = given['max_iters'] * given['gradient_accumulation_steps'] * given['batch_size'] * block
-    fits = min(train, val) - 1
+    block, fits = given['block_size'], min(train, val) - 1
+    tokens = given['max_iters'] * given['gradient_accumulation_steps'] * given['batch_size'] * min(block, fits)
     if fits < 8:
-        raise DataError(f'train has {train} tokens and val {val}: too few to train on; add text, or change --val')
+        raise DataError(f'train has {train} tokens and val {val}: too few to train on; add text')
     out_dir = f'--out_dir=out-{os.path.basename(name)}'
     options = [f'--dataset={name}', out_dir, *['--init_from=gpt2'] * (config == 'finetune_shakespeare'),
                *[f'--block_size={fits}'] * (fits < block)]
@@ -131,12 +131,13 @@ if __name__ == '__main__':
     parser.add_argument('--num_proc', type=int, help='processes that tokenize; default: all cores')
     parser.add_argument('--limit', type=int, help='read so many documents only')
     given = vars(parser.parse_args())
-    name = given.pop('name').rstrip('/')
+    name = given.pop('name')
     if not 0 < given['val'] < 1 or any(n is not None and n < 1 for n in (given['num_proc'], given['limit'])):
         parser.error('--val must lie between 0 and 1, --num_proc and --limit be at least 1')
     if name in ('', '.', '..') or given['seed'] < 0:
         parser.error(f'{name!r} is no name for a dataset, or --seed={given["seed"]} is negative')
-    folder = name if os.sep in name else os.path.join(REPO, 'data', name)
+    folder = os.path.abspath(name) if os.sep in name else os.path.join(REPO, 'data', name)
+    name = os.path.basename(folder) if os.path.dirname(folder) == os.path.join(REPO, 'data') else folder
     given['documents'] = {'True': True, 'False': False}.get(given['documents'])
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if 'prepare.py' in there or ('train.bin' in there and 'bins.json' not in there):

@@ -343,6 +343,29 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert re.fullmatch(rf'{disk}/mine/train.bin could not be written \(No space left on device\).*\n', done.stderr)
 
 
+def leave_without_a_word(piece):
+    os._exit(9)
+
+
+def test_a_process_that_is_killed_is_one_line():
+    piece = docs.Piece('a.txt', 0, ['abc'], 1, False, np.zeros(1, bool), 3)
+    with pytest.raises(DataError, match='a process that tokenizes was ended from outside, .* fewer than --num_proc=2'):
+        list(docs.by_all_cores(leave_without_a_word, [piece] * 20, {}, 2))
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_row_group_of_many_parts_and_a_column_of_bytes(tmp_path, monkeypatch, processes):
+    need_gpt2()
+    monkeypatch.setattr(docs, 'PIECE', 1 << 10)
+    texts = [text(20, i) for i in range(2000)]
+    pq.write_table(pa.table({'text': pa.array([t.encode() for t in texts], pa.binary())}), tmp_path / 'a.parquet')
+    prepare(str(tmp_path / 'mine'), [str(tmp_path / 'a.parquet')], num_proc=processes)
+    assert tokens(tmp_path / 'mine') == reference(texts)
+    pq.write_table(pa.table({'text': pa.array([b'abc', b'\xff'], pa.binary())}), tmp_path / 'b.parquet')
+    with pytest.raises(DataError, match=f'^{tmp_path}/b.parquet, line 2: text is not UTF-8$'):
+        prepare(str(tmp_path / 'other'), [str(tmp_path / 'b.parquet')], num_proc=processes)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_it_quietly(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "To be, or not to be"}\n' * 10**6)

@@ -76,6 +76,21 @@ def test_round_trip(exported, name, options, recwarn):
         assert torch.equal(value, was[:len(value)]), key
 
 
+@pytest.mark.parametrize('texts, text, special', [
+    (['x', '\n', '\n\n'], 'x\n\nx', '\n\n'), (['a', 'ab', 'c'], 'abc', 'ab'), (['A', None, 'C'], 'ACA<1>C', '<1>'),
+    ([None, None], '<1><0><0>', '<0>')])
+def test_tokens_that_are_parts_of_others_or_have_no_text(exported, texts, text, special, monkeypatch):
+    monkeypatch.setattr('tests.test_export.WORDS', texts)
+    _, tokens, folder = exported('tokens')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text)['input_ids']
+    assert tokenizer.decode(ids) == text and tokenizer.bos_token == special
+    if all(texts):
+        assert ids == tokens.encode(text).tolist()
+    else:
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace(special, ''), 'what no text holds'
+
+
 @pytest.mark.slow
 def test_our_scripts_read_it_with_its_tokens(exported, tmp_path):
     model, tokens, folder = exported('char')
@@ -99,8 +114,9 @@ def test_our_scripts_read_it_with_its_tokens(exported, tmp_path):
 def test_mistakes_are_one_line(exported, tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'a').write_text('')
-    for arguments, says in (([], 'to= is empty: name the folder to write'),
-                            ([f'--to={tmp_path}/full'], f'to={tmp_path}/full holds files already: name another folder'),
+    for arguments, says in (([], 'to= is no new or empty folder'),
+                            ([f'--to={tmp_path}/full'], f'to={tmp_path}/full is no new or empty folder'),
+                            ([f'--to={tmp_path}/full/a'], f'to={tmp_path}/full/a is no new or empty folder'),
                             ([f'--to={tmp_path}/x', f'--out_dir={tmp_path}'], 'no ckpt.pt or last.pt in out_dir=')):
         done = run('export.py', *arguments)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count('\n') == 1, done.stderr
