@@ -17,7 +17,7 @@ Which part gains what: how much longer things take without it (all figures, mach
 
     captured, FusedLoss, AddingLinear       GPT-2 124M on a GPU, 12 x 1024 tokens a micro-step: 49%, 7%, 6%
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
-    PolynomialGELU, AddingEmbeddings        the same: 2%, 0.3%, and 2 s of compiling before the first update
+    PolynomialGELU, AddingEmbeddings        the same: 2%, 0.5%, and 2 s of compiling before the first update
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%

@@ -170,7 +170,7 @@ def _say(kind, error, trace, otherwise=sys.excepthook):
         time.sleep(2)  # torchrun ends all ranks as soon as one ends: if the first met the same, it has spoken by now
     # not to sys.stderr: torch.distributed puts a buffer there, which would be lost with the SystemExit
     print(f'rank {rank}: {error}' if rank != '0' else error, file=sys.__stderr__, flush=True)
-    leave(2, at_once='RANK' in os.environ)
+    leave(2, at_once=bool(os.environ.get('RANK')))
 
 
 if not hasattr(sys, 'ps1'):  # a person at a prompt, or a notebook, has a better use for what an error says

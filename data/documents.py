@@ -47,8 +47,10 @@ def files_of(paths: Iterable[str]) -> list[str]:
     found, other = [], []
     for path in paths:
         if os.path.isdir(path):
-            below = filter(os.path.isfile, glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True))
-            files = sorted(f for f in below if kind(f) or other.append(os.path.splitext(f)[1] or 'no ending'))
+            below = glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True)
+            below = sorted(filter(os.path.isfile, below))
+            files = [f for f in below if kind(f)]
+            other += [os.path.splitext(f)[1] or 'no ending' for f in below if not kind(f)]
         else:
             files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not files:

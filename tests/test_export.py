@@ -69,7 +69,8 @@ def test_round_trip(exported, name, options, recwarn):
     assert tokenizer.decode(made[0]) == tokens.decode(greedy[0].tolist())
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert special == {hf.config.bos_token_id} != {None}
-    # and back: bit for bit, biases that were not there as zeros
+    # and back: the same tokens, weights bit for bit, biases that were not there as zeros
+    assert codec.of_folder(folder).state() == tokens.state()
     back = GPT.from_pretrained(folder)
     for key, value in back.state_dict().items():
         was = model.state_dict().get(key, torch.zeros_like(value))
@@ -124,7 +125,8 @@ def test_mistakes_are_one_line(exported, tmp_path):
 
 @pytest.mark.slow
 def test_a_tokenizer_of_its_own_is_said(tmp_path):
-    for name, raw in (('tokenizer.json', '{"model": {"vocab": {"a": 0, "b": 1}}}'), ('vocab.json', '{"!": 0}')):
+    for name, raw in (('tokenizer.json', '{"model": {"vocab": {"a": 0, "b": 1}}}'), ('vocab.json', '{"!": 0}'),
+                      ('vocab.json', '[1, ')):
         (tmp_path / name).write_text(raw)
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
         done = run('sample.py', f'--init_from={tmp_path}', '--device=cpu')
