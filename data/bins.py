@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import pickle
 from collections.abc import Iterable, Iterator
@@ -196,7 +195,7 @@ class Bins:
         if entry['tokens'] < self.block_size + 1:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
-        self.files[split] = open(path, 'rb')
+        self.files[split] = open(path, 'rb', buffering=0)
         head = self.files[split].read(1024) if not entry['sha256'] else b''  # int32: every second uint16 is 0
         every_second = np.frombuffer(head[:len(head) // 4 * 4], '<u2')[1::2]
         if head.startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or (len(every_second) > 16 and not every_second.any()):
@@ -205,19 +204,20 @@ class Bins:
         tokens = np.memmap(self.files[split], DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')
-        if hasattr(mmap, 'MADV_RANDOM'):  # sequences lie anywhere: reading ahead would fetch 30 times as much
-            tokens._mmap.madvise(mmap.MADV_RANDOM)
+        if hasattr(os, 'posix_fadvise'):  # sequences lie anywhere: reading ahead would fetch 30 times as much
+            os.posix_fadvise(self.files[split].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple:
         """Inputs and targets, int64 tensors, (n, block_size) each, at the places that n random uint64 select."""
         import torch  # here, since who only writes bins can do without it
-        path = os.path.join(self.folder, f'{split}.bin')
-        if os.fstat(self.files[split].fileno()).st_size < self.tokens[split].nbytes:  # reading on would be a SIGBUS
-            raise DataError(f'{path} was cut short while it was read: run {self.prepare} again', one_rank=True)
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens[split], self.block_size + 1)
-        offsets = (raw % np.uint64(len(windows))).astype(np.int64)
-        rows = windows[offsets]  # (n, block_size + 1)
+        path, tokens, file = os.path.join(self.folder, f'{split}.bin'), self.tokens[split], self.files[split]
+        offsets = (raw % np.uint64(len(tokens) - self.block_size)).astype(np.int64)
+        rows = np.empty((len(raw), self.block_size + 1), tokens.dtype)
+        for row, offset in zip(rows, offsets.tolist()):  # in a file cut meanwhile, the memory map would be a SIGBUS
+            file.seek(offset * tokens.itemsize)
+            if file.readinto(row) < row.nbytes:
+                raise DataError(f'{path} was cut short while it was read: run {self.prepare} again', one_rank=True)
         if (most := rows.max(initial=0)) >= self.known:
             r, t = np.argwhere(rows == most)[0]
             found = f'{path} holds token id {most} at offset {offsets[r] + t:,}; vocab_size is {self.vocab_size}'
@@ -229,8 +229,6 @@ class Bins:
 
     def train_batch(self, seed: int, step: int, part: int, parts: int, batch_size: int) -> tuple:
         """Micro-batch `part` of the `parts` of update `step`: (x, y), int64 tensors, (batch_size, block_size) each."""
-        if step % 256 == 0 and hasattr(mmap, 'MADV_DONTNEED'):  # or all pages ever read would stay in this process
-            self.tokens['train']._mmap.madvise(mmap.MADV_DONTNEED)
         raw = draw(parts * batch_size, seed, 'train', step)
         return self._sequences('train', raw[part * batch_size:(part + 1) * batch_size])
 

@@ -446,6 +446,37 @@ def test_evaluation_sequences_stay_as_they_are(data):
         int(r) % 192 for r in bins.draw(5, 'eval', 'val').tolist()]
 
 
+def test_a_file_cut_while_it_is_read_is_an_error_not_a_signal(tmp_path):
+    """Cut and restored by another thread as fast as it can, so also between any two steps of drawing."""
+    folder = counting(tmp_path, train=50_000, tokenizer=BPECodec())
+    path = os.path.join(folder, 'train.bin')
+    script = """if True:
+        import os, sys, threading
+        from data import DataError, bins
+        path, size = os.path.join(sys.argv[1], 'train.bin'), 100_000
+        data, done, said = bins.Bins(sys.argv[1], 64), False, set()
+
+        def cut():
+            while not done:
+                os.truncate(path, 1000)
+                os.truncate(path, size)
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        for step in range(2000):
+            try:
+                data.train_batch(1, step, 0, 1, 32)
+                said.add('read')
+            except DataError as e:
+                said.add(str(e))
+        done = True
+        print(*sorted(said), sep=chr(10))"""
+    ran = subprocess.run([sys.executable, '-c', script, folder], cwd=ROOT, capture_output=True, text=True)
+    said = f'{path} was cut short while it was read: run python data/prepare.py {folder} YOUR_TEXT again'
+    assert (ran.returncode, ran.stderr) == (0, ''), ran.stderr
+    assert set(ran.stdout.splitlines()) == {said, 'read'}
+
+
 @pytest.mark.parametrize('dtype', [None, 'uint32'])
 def test_an_id_outside_the_vocabulary_is_named_when_drawn(tmp_path, dtype):
     ids = np.zeros(100, np.int64)
