@@ -132,23 +132,33 @@ def _parquet(path: str, field: str) -> Iterator:
 
 
 def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int] | list, int, float]]:
-    """Parts of a parquet file: row group, rows a part, which part of the group it is, or, where a group has many, their
-    texts; rows; how much has been read."""
+    """Parts of a parquet file: row group, first row in it, rows to read at once; or, of a large group, the texts; rows;
+    how much has been read."""
     with _parquet(path, field) as file:
         done, all_rows = 0, max(1, file.metadata.num_rows)
         for g in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(g)
             columns = map(group.column, range(group.num_columns))
-            size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
-            step = max(1, 4 * PIECE * group.num_rows // max(1, size))
+            size = max(1, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field))
+            large = size > 32 * PIECE  # to find a part, a process has to read those before it
+            step, at_once = (max(1, n * PIECE * group.num_rows // size) for n in (4 if large else 8, 1))
             parts = range(0, group.num_rows, step)
-            if large := len(parts) > 8:  # to find a part, a process has to read those before it
+            if large:
                 batches = file.iter_batches(step, row_groups=[g], columns=[field], use_threads=False)
-            for i, start in enumerate(parts):
+            for start in parts:
                 n = min(step, group.num_rows - start)
                 done += n
-                texts = next(batches).column(0).to_pylist() if large else (g, step, i)
+                texts = next(batches).column(0).to_pylist() if large else (g, start, at_once)
                 yield texts, n, os.path.getsize(path) * done / all_rows
+
+
+def _rows(path: str, field: str, group: int, start: int, at_once: int) -> Iterator:
+    """The rows of a row group from `start` on, read where they are tokenized, so many at once."""
+    with _parquet(path, field) as file:
+        for batch in file.iter_batches(at_once, row_groups=[group], columns=[field], use_threads=False):
+            if start < len(batch):
+                yield from batch.column(0).slice(start).to_pylist()
+            start = max(0, start - len(batch))
 
 
 def count_rows(files: list[str]) -> int:
@@ -218,12 +228,9 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
     texts, field = piece.texts, _given['field']
     if isinstance(texts, bytes):
         texts = texts.split(b'\n')
-    elif isinstance(texts, tuple):  # here and not in the process that writes, which has enough to do
-        group, step, part = texts
-        with _parquet(piece.path, field) as file:
-            batches = file.iter_batches(step, row_groups=[group], columns=[field], use_threads=False)
-            texts = next(itertools.islice(batches, part, None)).column(0).to_pylist()
-    for i, text in enumerate(texts[:piece.count]):
+    elif isinstance(texts, tuple):
+        texts = _rows(piece.path, field, *texts)
+    for i, text in enumerate(itertools.islice(texts, piece.count)):
         if isinstance(piece.texts, bytes):
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
