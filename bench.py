@@ -28,28 +28,28 @@ from model import GPT, GPTConfig, sample_ids
 # -- options --------------------------------------------------------------------------------------------------------
 
 mode = 'train'  # train: steps of train.py; sample: tokens, as sample.py draws them
-batch_size = 12
-block_size = 1024
-bias = False
+batch_size = 12  # sequences in a micro-step of one process; in mode=sample, samples at once
+block_size = 1024  # tokens of context
+bias = False  # in Linears and LayerNorms
 real_data = True  # False: random tokens, drawn here
-seed = 1337
-device = 'auto'
-dtype = 'auto'
+seed = 1337  # of weights and random tokens
+device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
+dtype = 'auto'  # float32, bfloat16, float16; auto: as train.py
 compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
 without = ''  # parts of fast.py to leave out, by name and separated by commas
 compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
-dataset = 'openwebtext'
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.0
-gradient_accumulation_steps = 1
+dataset = 'openwebtext'  # with real_data: a folder in data/, or a path to one
+n_layer = 12  # blocks
+n_head = 12  # heads of attention in a block
+n_embd = 768  # channels: the width of the model
+dropout = 0.0  # while training
+gradient_accumulation_steps = 1  # micro-steps of one update, over all processes together
 warmup_steps = 10  # not timed: compilation, caches, clocks
 steps = 20  # timed
-prompt_tokens = 16  # mode=sample
-max_new_tokens = 256  # mode=sample
-top_k = 200  # mode=sample
+prompt_tokens = 16  # mode=sample: length of the prompt
+max_new_tokens = 256  # mode=sample: tokens to time
+top_k = 200  # mode=sample: draw among the k likeliest; 0: all
 vocab_size = 50304  # mode=sample: 65 is that of the Shakespeare configs; 50304 draws among GPT-2's 50257
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 

@@ -30,7 +30,7 @@ from model import GPT
 init_from = 'resume'  # resume: the checkpoint in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a local folder
 out_dir = 'out'  # of the training run
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file, <|endoftext|> is the special token
-num_samples = 10
+num_samples = 10  # texts to write
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # 1.0: as trained; below: likelier text; 0: always the likeliest token
 top_k = 200  # draw among the k likeliest tokens; 0: among all

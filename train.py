@@ -4,10 +4,9 @@ Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weight
     python train.py config/train_shakespeare_char.py
     python train.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-
-On several nodes, run this on each with its own --node_rank; the address is that of the first node:
-
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
+
+The last runs on each of two nodes, with its own --node_rank; the address is that of the first node.
 """
 
 try:
@@ -24,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import checkpoint as ckpt
-from data import agreed, codec, launched, leave, unlock
+from data import Stop, agreed, codec, launched, leave, unlock, versions
 from data.bins import Bins, draw
-from data.runlog import RunLog, Stop, Stopwatch, claim, versions
+from data.runlog import RunLog, Stopwatch, claim
 from model import GPT, PUBLISHED, GPTConfig
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -39,22 +38,22 @@ eval_only = False  # evaluate once, write nothing, end
 always_save_checkpoint = True  # False: ckpt.pt only on a new best val loss, other states go to last.pt
 init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
 wandb_log = False  # send what log.jsonl gets to wandb, too
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_project = 'owt'  # the project of the run in wandb
+wandb_run_name = 'gpt2'  # its name there
 dataset = 'openwebtext'  # a folder in data/, or a path to one
 gradient_accumulation_steps = 5 * 8  # micro-steps of one update, over all processes together
 batch_size = 12  # sequences in a micro-step of one process
 block_size = 1024  # tokens of context
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # heads of attention in a block; n_embd must be a multiple
+n_embd = 768  # channels: the width of the model
 dropout = 0.0  # 0 for pretraining; try 0.1 or more for small data and fine-tuning
 bias = False  # in Linears and LayerNorms
 learning_rate = 6e-4  # the highest, after warm-up
 max_iters = 600000  # updates in all
 weight_decay = 1e-1  # of matrices and embeddings
-beta1 = 0.9  # AdamW
-beta2 = 0.95
+beta1 = 0.9  # of AdamW's mean of gradients
+beta2 = 0.95  # of its mean of squares
 grad_clip = 1.0  # largest norm of the gradient; 0.0: off
 decay_lr = True  # False: a constant learning_rate, no warm-up
 warmup_iters = 2000  # updates of linear warm-up
@@ -114,11 +113,13 @@ number_format = getattr(torch, dtype)
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, number_format)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 say(f'device {device}, dtype {dtype}, processes {world_size}')
-say(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 # -- 2 data and model: scratch, resume, gpt2 ------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
+whole = max_iters * tokens_per_iter
+say(f'tokens per iteration will be: {tokens_per_iter:,}; in all {whole:,}, '
+    f'{whole / len(bins.tokens["train"]):,.2f} times the train part')
 if master and not eval_only and init_from != 'resume':
     claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 resumed = init_from == 'resume'
@@ -134,8 +135,7 @@ try:
         if os.path.exists(own := os.path.join(init_from, 'meta.pkl')):  # export.py wrote it
             stored = {'codec': codec.read_meta(own).state()}
         raw_model = GPT.from_pretrained(init_from, {'dropout': dropout})
-        if block_size != raw_model.config.block_size:
-            raw_model.crop_block_size(block_size)
+        raw_model.crop_block_size(block_size)
 except ValueError as e:
     fail(*e.args)
 vocab_size = raw_model.config.vocab_size
@@ -151,6 +151,8 @@ if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  #
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+if device_type == 'cpu' and not eval_only and whole * raw_model.flops_per_token() > 1e15:
+    say('note: on a CPU this may take many hours; config/train_shakespeare_char_cpu.py has a model for one')
 
 # -- 3 optimizer, fast parts, compile, data parallel ----------------------------------------------------------------
 
@@ -230,8 +232,7 @@ def update(step):
         x, y = bins.train_batch(seed, step, part, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', step, part)[0]))
-        if model is not raw_model:  # DistributedDataParallel: gradients are exchanged in the last backward pass
-            model.require_backward_grad_sync = m == micro_steps - 1
+        model.require_backward_grad_sync = m == micro_steps - 1  # for DistributedDataParallel: it exchanges in the last
         micro_step(to_device(x), to_device(y))
     if flat:
         fast.exchange_gradients(raw_model)
@@ -320,8 +321,7 @@ def check_finite(*losses):
 
 # -- 6 the loop -----------------------------------------------------------------------------------------------------
 
-nothing_to_do = resumed and iter_num >= max_iters and not eval_only
-if nothing_to_do:
+if nothing_to_do := resumed and iter_num >= max_iters and not eval_only:
     say(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
 header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
           'capture': capture, 'processes': world_size,

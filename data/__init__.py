@@ -4,8 +4,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 
 try:
@@ -14,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FULL = errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)  # errors that some space would mend
+NAMES = 'ckpt.pt', 'last.pt'  # of checkpoints: best or latest; and whatever is newer than it
 _locks = {}  # by path: the open files whose locks this process holds
 
 
@@ -111,6 +115,17 @@ def agreed(what: dict) -> None:
                                 'need the same options, data and checkpoint')
 
 
+def versions() -> dict:
+    """The Python and, in a git checkout, the commit that are running: for a run's header."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
+        commit = done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):  # no git
+        commit = None
+    return {'commit': commit, 'python': sys.version.split()[0]}
+
+
 def fetched(path: str, url: str, sha256: str) -> bool:
     """
     See that a file is there, if need be from `url`, where it must have the given hash; a file that is there is used
@@ -134,6 +149,49 @@ def fetched(path: str, url: str, sha256: str) -> bool:
 def nobody_reads() -> None:
     """After a BrokenPipeError, as by `| head`: what is printed from now on goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Stop:
+    """
+    Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT, SIGUSR1 (Slurm warns
+    so) or SIGHUP (its terminal is gone), or because nobody reads what say() prints. A second signal ends it at once.
+    Signals count between listen() and forget(), which puts back what was there; those that are ignored stay so.
+    """
+
+    def __init__(self, speaks: bool):
+        self.speaks, self.asked, self.before = speaks, False, {}
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def say(self, *words) -> None:
+        """print(), in one process of all."""
+        try:
+            if self.speaks:
+                print(*words)
+        except OSError:  # its reader has ended, as `head` does, or its terminal was closed
+            nobody_reads()
+            self.asked = True
+
+    def listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there Python takes signals; a run goes on without them
+        for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        self.asked = True
+        with contextlib.suppress(OSError):
+            if self.speaks:  # print() is not safe in here
+                os.write(2, b'finishing this update; a second signal quits at once\n')
+        for other in self.before:
+            signal.signal(other, signal.SIG_DFL)
+
+    def forget(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def leave(status=0, at_once: bool = False) -> None:

@@ -11,9 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data import FULL, DataError
-
-NAMES = ('ckpt.pt', 'last.pt')  # best or latest; and whatever is newer than it
+from data import FULL, NAMES, DataError
 
 
 def save(path: str, checkpoint: dict) -> None:

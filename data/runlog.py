@@ -1,19 +1,25 @@
-"""A run: the folder it owns, when it should stop, and what it says: its times, log.jsonl, and wandb if asked for."""
+"""
+A run: the folder it owns, and what it says: its times, log.jsonl, loss.png, and wandb if asked for.
+
+    python data/runlog.py out-a out-b       the curves of two runs in one picture
+"""
 
 import contextlib
 import datetime
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from data import DataError, lock, nobody_reads, writing
-from data.checkpoint import NAMES
+if (repo := os.path.dirname(os.path.dirname(os.path.realpath(__file__)))) not in sys.path:
+    sys.path.insert(0, repo)
+from data import NAMES, DataError, curves, lock, writing  # noqa: E402
+
+PATIENCE = {'log': 30, 'finish': 600}  # seconds that wandb may take
 
 
 def claim(folder: str, fresh: bool = False) -> list[str]:
@@ -22,7 +28,7 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     killed save left. A fresh run renames the files of an earlier one, a.b to a.prev.b, or a.prev2.b if that is taken,
     and so on; their new names are returned. Raises DataError.
     """
-    names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl')]
+    names = [os.path.splitext(name) for name in (*NAMES, 'log.jsonl', 'loss.png')]
     moved = []
     try:
         os.makedirs(folder, exist_ok=True)
@@ -41,59 +47,18 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
     return moved
 
 
-class Stop:
-    """
-    Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT, SIGUSR1 (Slurm warns
-    so) or SIGHUP (its terminal is gone), or because nobody reads what say() prints. A second signal ends it at once.
-    Signals count between listen() and forget(), which puts back what was there; those that are ignored stay so.
-    """
-
-    def __init__(self, speaks: bool):
-        self.speaks, self.asked, self.before = speaks, False, {}
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-    def say(self, *words) -> None:
-        """print(), in one process of all."""
-        try:
-            if self.speaks:
-                print(*words)
-        except OSError:  # its reader has ended, as `head` does, or its terminal was closed
-            nobody_reads()
-            self.asked = True
-
-    def listen(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # only there Python takes signals; a run goes on without them
-        for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
-            number = getattr(signal, name, None)  # Windows lacks two of them
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number, frame) -> None:
-        self.asked = True
-        with contextlib.suppress(OSError):
-            if self.speaks:  # print() is not safe in here
-                os.write(2, b'finishing this update; a second signal quits at once\n')
-        for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
-
-    def forget(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class RunLog:
     """
     One JSON object a line: {"kind": "run", ...} at each start, then "train" and "eval" records, each with its "iter".
     Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
     With path None it does nothing, which is what every rank but the first wants. wandb, if asked for, gets all but the
-    first; by `wandb_id` a later process goes on with that run. Raises DataError on a full disk.
+    first; by `wandb_id` a later process goes on with that run. With matplotlib installed, loss.png beside the log is
+    drawn at evaluations and at the end. Raises DataError on a full disk.
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
         self.path, self.run, self.wandb_id = path, None, (wandb or {}).get('id')
+        self.undrawn, self.draw_at = False, time.perf_counter() + 20  # what is not in loss.png yet; when to draw again
         if path is None:
             return
         kept = _before(path, resumed_at) if resumed_at else []
@@ -113,21 +78,46 @@ class RunLog:
         with writing(self.path), open(self.path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'kind': kind, **record}, default=str) + '\n')
         if kind != 'run':
+            self.undrawn = True
             self._wandb('log', record)
+        if kind == 'eval' and time.perf_counter() > self.draw_at:
+            self._draw()
 
     def close(self) -> None:
+        self._draw()
         self._wandb('finish')
 
+    def _draw(self) -> None:
+        """Draw loss.png, for at most a fiftieth of the time."""
+        if self.undrawn:
+            took, self.undrawn = curves.redraw(os.path.dirname(self.path)), False
+            self.draw_at = time.perf_counter() + 50 * took
+
     def _wandb(self, what: str, *values) -> None:
-        """Let wandb do something; if it fails, the run goes on without it."""
-        try:
-            if self.run:
+        """Let wandb do something, in a thread, since it may hang; if it fails, the run goes on without it."""
+        failed = []
+
+        def work():
+            try:
                 getattr(self.run, what)(*values)
-        except Exception as e:  # its process was killed, its disk is full, ...
+            except Exception as e:  # its process was killed, its disk is full, ...
+                failed.append(e)
+
+        if not self.run:
+            return
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(PATIENCE[what])
+        if thread.is_alive():
+            failed.append(TimeoutError(f'no answer for {PATIENCE[what]} s'))
+            with contextlib.suppress(OSError):  # or it would hang again when Python ends
+                subprocess.run(['pkill', '-KILL', '-P', str(os.getpid()), '-f', 'wandb-core'])
+        if failed:
             self.run = None
             with contextlib.suppress(Exception):  # or it would complain again when Python ends
                 sys.modules['wandb'].teardown()
-            print(f'wandb failed ({type(e).__name__}: {" ".join(str(e).split())[:120]}); the run goes on without it')
+            why = f'{type(failed[0]).__name__}: {" ".join(str(failed[0]).split())[:120]}'
+            print(f'wandb failed ({why}); the run goes on without it')
 
 
 def _before(path: str, resumed_at: int) -> list[str]:
@@ -144,17 +134,6 @@ def _before(path: str, resumed_at: int) -> list[str]:
                 if type(step) is int and (record.get('kind') == 'run' or step < resumed_at):
                     kept.append(line.rstrip('\n') + '\n')
     return kept
-
-
-def versions() -> dict:
-    """The Python and, in a git checkout, the commit that are running: for a run's header."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):  # no git
-        commit = None
-    return {'commit': commit, 'python': sys.version.split()[0]}
 
 
 def _start_wandb(settings: dict, config: dict):
@@ -209,3 +188,7 @@ class Stopwatch:
             return ''
         seconds = (max_iters - self.lap_at) * (self.dt + self.pause / eval_interval)
         return f', {datetime.timedelta(seconds=int(seconds))} left'
+
+
+if __name__ == '__main__':
+    curves.main()

@@ -15,6 +15,11 @@ sys.path.insert(0, ROOT)
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny tensors: a second thread costs more than it does
 os.environ.update(WANDB_MODE='offline', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', PYTHONUNBUFFERED='1')
 
+# runs of tests draw no pictures: that is slow, and test_curves.py looks after them
+blind = os.path.join(ROOT, 'tests', 'no_pictures')
+sys.path.insert(0, blind)
+os.environ['PYTHONPATH'] = os.pathsep.join([blind, *filter(None, [os.environ.get('PYTHONPATH')])])
+
 import torch  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell; children would, too

@@ -146,7 +146,7 @@ CONFIGS = {  # what differs from the defaults of train.py; all else stays
     'eval_gpt2_xl': dict(EVAL, init_from='gpt2-xl'),
 }
 OURS = ('train_shakespeare_char_cpu', 'train_pydoc_char')
-FILES = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(ROOT, 'config', '*')))
+FILES = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(ROOT, 'config', '*.py')))
 
 
 def test_every_config_is_listed_here():

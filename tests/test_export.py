@@ -1,7 +1,11 @@
 """export.py: transformers loads what it writes, as the same model with the same tokens; so do our own scripts."""
 
+import glob
+import json
 import os
+import re
 import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +113,44 @@ def test_our_scripts_read_it_with_its_tokens(exported, tmp_path):
     done = run('train.py', *flags(**options, dataset=tmp_path / 'other'))
     assert done.returncode == 2 and done.stderr.endswith(
         f'dataset={tmp_path}/other has other tokens than the model of init_from={folder}, though as many: no match\n')
+
+
+TASK = """
+task: exact_val
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: context
+doc_to_target: target
+target_delimiter: ""
+metric_list: [{metric: perplexity, aggregation: mean, higher_is_better: false}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['char', 'gpt2'])
+def test_lm_eval_finds_the_loss_of_train(exported, tmp_path, name):
+    """On the same tokens: val.bin is one evaluation sequence, and the task a document of its text."""
+    pytest.importorskip('lm_eval')
+    model, tokens, folder = exported(name)
+    ids = tokens.encode((TEXTS[name] + ' ') * 30)[:257]
+    text = tokens.decode(ids.tolist())
+    assert tokens.encode(text).tolist() == ids.tolist()
+    bins.write(str(tmp_path / 'one'), tokens, train=[ids], val=[ids])
+    done = run('train.py', *flags(device='cpu', dtype='float32', compile=False, eval_only=True, eval_iters=1,
+                                  batch_size=1, init_from=folder, dataset=tmp_path / 'one', block_size=256))
+    loss = float(re.search('val loss ([0-9.]+)', done.stdout)[1])
+    first = tokens.decode(ids[:1].tolist())
+    (tmp_path / 'docs.jsonl').write_text(json.dumps({'context': first, 'target': text[len(first):]}) + '\n')
+    (tmp_path / 'exact_val.yaml').write_text(TASK % (tmp_path / 'docs.jsonl'))
+    done = run(sys.executable, '-m', 'lm_eval', '--model', 'hf', '--model_args', f'pretrained={folder},dtype=float32',
+               '--tasks', 'exact_val', '--include_path', str(tmp_path), '--device', 'cpu', '--batch_size', '1',
+               '--output_path', str(tmp_path / 'found'), env={**os.environ, 'HF_HOME': str(tmp_path / 'cache')})
+    [found] = glob.glob(str(tmp_path / 'found' / '**' / 'results*.json'), recursive=True) or [done.stderr]
+    with open(found, encoding='utf-8') as f:
+        log_perplexity = -json.load(f)['results']['exact_val']['perplexity,none']  # of the document as a whole
+    assert abs(log_perplexity / 256 - loss) < 1e-3 and loss > 0.5
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import pytest
 
@@ -148,6 +149,23 @@ def test_wandb_that_dies_costs_one_line(path, tmp_path):
     assert done.returncode == 0 and done.stdout.endswith('the end\n'), done.stderr
     assert done.stdout.count('the run goes on without it') == 1 and 'Traceback' not in done.stderr
     assert [r['iter'] for r in records(path) if r['kind'] == 'eval'] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs Linux')
+@pytest.mark.parametrize('when', ['while logging', 'at the end'])
+def test_wandb_that_hangs_costs_one_line(path, tmp_path, when):
+    """Its process is stopped; log() blocks when its socket is full, finish() at once."""
+    pytest.importorskip('wandb')
+    code = WANDB_DIES.replace('log = ', "import data.runlog\ndata.runlog.PATIENCE = {'log': 2, 'finish': 3}\nlog = ", 1)
+    code = code.replace('SIGKILL', 'SIGSTOP').replace('time.sleep(0.2)', 'pass')
+    code = code.replace('range(1, 4)', 'range(1, 20000)') if when == 'while logging' else code
+    began = time.monotonic()
+    done = run(sys.executable, '-c', code, str(path), cwd=ROOT, env={**os.environ, 'WANDB_DIR': str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.endswith('the end\n'), done.stderr
+    said = f'wandb failed (TimeoutError: no answer for {2 if when == "while logging" else 3} s); the run goes on'
+    assert done.stdout.count(said) == done.stdout.count('wandb failed') == 1 and 'Traceback' not in done.stderr
+    assert len(records(path)) == (20001 if when == 'while logging' else 5) and time.monotonic() - began < 60
 
 
 def test_a_line_cut_before_its_end_does_not_swallow_the_next(logged, path):
