@@ -14,16 +14,18 @@ try:
 except ModuleNotFoundError:  # deleted: everything works without it
     fast = None
 import contextlib
+import functools
 import math
 import os
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import checkpoint as ckpt
-from data import Stop, agreed, codec, launched, leave, unlock, versions
+from data import Stop, agreed, codec, join_ranks, launched, leave, unlock, versions
 from data.bins import Bins, draw
 from data.runlog import RunLog, Stopwatch, claim
 from model import GPT, PUBLISHED, GPTConfig
@@ -36,7 +38,7 @@ log_interval = 1  # print and log every so many updates
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
 eval_only = False  # evaluate once, write nothing, end
 always_save_checkpoint = True  # False: ckpt.pt only on a new best val loss, other states go to last.pt
-init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
+init_from = 'scratch'  # resume; auto: resume if it can; gpt2, gpt2-medium, -large, -xl; or a folder of transformers
 wandb_log = False  # send what log.jsonl gets to wandb, too
 wandb_project = 'owt'  # the project of the run in wandb
 wandb_run_name = 'gpt2'  # its name there
@@ -63,6 +65,8 @@ backend = 'auto'  # of torchrun's process group: nccl on GPUs, gloo elsewhere
 device = 'auto'  # cuda, mps, cpu, cuda:1, ...; auto takes the first that is there
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where native, else float16 on CUDA, float32 elsewhere
 compile = True  # torch.compile the model; where that cannot work, training goes on without
+shard = False  # under torchrun, each rank keeps a part of parameters, gradients and moments: for models that do not fit
+recompute = False  # keep only the inputs of blocks for the backward pass, and compute the rest again: less memory
 seed = 1337  # all that training draws follows from it and the step
 # applies config files and --key=value; defines config, and what is called below and not imported: need, resolve, ...
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
@@ -85,8 +89,9 @@ need(gradient_accumulation_steps % world_size == 0,
 need(0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0')
 need(0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must lie in [0, 1)')
 need(grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off')
-need(init_from in ('scratch', 'resume', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
-     f'init_from={init_from}: choose scratch, resume, {", ".join(PUBLISHED)}, or a folder with config.json')
+need(init_from in ('scratch', 'resume', 'auto', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
+     f'init_from={init_from}: choose scratch, resume, auto, {", ".join(PUBLISHED)}, or a folder with config.json')
+need(not shard or ddp and dtype != 'float16', 'shard=True needs torchrun and another dtype than float16')
 need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
 note_mistakes(GPTConfig, **shape)
 device, dtype = resolve(device, dtype)
@@ -98,11 +103,11 @@ if ddp:
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, device_id=torch.device(device) if backend == 'nccl' else None)
+    join_ranks(backend, device)
 params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
 least = 16 * params + 2 * n_layer * n_embd * batch_size * block_size  # a 16-bit activation a layer is kept
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
-if init_from == 'scratch' and least > (free := free_memory(device)):
+if init_from in ('scratch', 'auto') and least > (free := free_memory(device)):
     fail(f'n_layer={n_layer}, n_embd={n_embd}, block_size={block_size}, batch_size={batch_size}, eval_iters='
          f'{eval_iters} take {least / 1e9:,.1f} GB of memory or more, {free / 1e9:,.1f} GB are free: take less')
 torch.manual_seed(seed)  # initial weights; the same on all ranks
@@ -122,15 +127,15 @@ say(f'tokens per iteration will be: {tokens_per_iter:,}; in all {whole:,}, '
     f'{whole / len(bins.tokens["train"]):,.2f} times the train part')
 if master and not eval_only and init_from != 'resume':
     claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
-resumed = init_from == 'resume'
 iter_num, best_val_loss, stored = 0, math.inf, {}  # iter_num: updates done, so the index of the next one
 try:
-    if init_from == 'scratch':
-        raw_model = GPT(GPTConfig(**shape, vocab_size=bins.model_vocab_size))
-    elif resumed:
+    if init_from in ('resume', 'auto'):
         stored = ckpt.to_resume(out_dir, config, bins.digests, say)
+    if resumed := bool(stored):
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))
+    elif init_from in ('scratch', 'auto'):
+        raw_model = GPT(GPTConfig(**shape, vocab_size=bins.model_vocab_size))
     else:
         if os.path.exists(own := os.path.join(init_from, 'meta.pkl')):  # export.py wrote it
             stored = {'codec': codec.read_meta(own).state()}
@@ -149,6 +154,11 @@ if ddp:  # all ranks must start alike; a sum of norms stands for the weights
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
+if shard:  # from here on its parameters are DTensors; blocks fetch theirs when they run (FSDP2, Zhao et al. 2023)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(number_format, torch.float32) if dtype == 'bfloat16' else MixedPrecisionPolicy()
+    for part in (*raw_model.transformer.h, raw_model):
+        fully_shard(part, mesh=dist.init_device_mesh(device_type, (world_size,)), mp_policy=policy)
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 if device_type == 'cpu' and not eval_only and whole * raw_model.flops_per_token() > 1e15:
@@ -169,13 +179,20 @@ if compile:
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # fast.py swaps in faster parts. flat: whether it made all gradients slices of one tensor (then it averages them, too)
-can_be_flat = not eval_only and (not ddp or backend == 'nccl')
+can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
 if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
     for block in raw_model.transformer.h:
-        block.compile(dynamic=False)
+        if shard or recompute:  # inside of what they wrap around it
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
-model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if ddp and not flat else raw_model
+if recompute:  # activation checkpointing (Chen et al. 2016)
+    for block in raw_model.transformer.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+wrapped = ddp and not flat and not shard
+model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if wrapped else raw_model
 
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 
@@ -203,6 +220,7 @@ def clip_and_step():
         fast.finish_gradients(raw_model)  # separates those of a Linear and the LayerNorm folded into it
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)  # inf: it only measures
+    norm = norm.full_tensor() if shard else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not flat)
@@ -284,14 +302,14 @@ def evaluate():
 
 def save(name):
     """Write the whole state of the run to out_dir/name. With a new ckpt.pt, nothing needs last.pt any more."""
+    model_state, optimizer_state = ckpt.whole(dict(raw_model.state_dict())), ckpt.whole(optimizer.state_dict())
     if not master:
         return
     say(f'saving checkpoint to {out_dir}')
-    optimizer_state = optimizer.state_dict()
     for group in optimizer_state['param_groups']:
         group.update(lr=lr, capturable=False)  # in the file a number, where a CUDA graph needs a tensor
     ckpt.save(os.path.join(out_dir, name), {
-        'model': dict(raw_model.state_dict()), 'optimizer': optimizer_state, 'model_args': model_args, 'dtype': dtype,
+        'model': model_state, 'optimizer': optimizer_state, 'model_args': model_args, 'dtype': dtype,
         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
         'codec': bins.state, 'data': bins.digests, 'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id})
     if name == 'ckpt.pt':

@@ -102,6 +102,18 @@ def launched() -> tuple[bool, int, int, int]:
                     'processes with torchrun'.format_map(os.environ), one_rank=True)
 
 
+def join_ranks(backend: str, device: str) -> None:
+    """Make the process group. All restarts by one torchrun share a store, in which ranks would find those of before
+    (pytorch issue 167288); so on one machine each has a part of its own. Several count their restarts each."""
+    import torch
+    import torch.distributed as dist
+    store, rank, processes = next(dist.rendezvous('env://'))
+    alone = os.environ.get('GROUP_WORLD_SIZE') == '1'
+    store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store) if alone else store
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
+                            device_id=torch.device(device) if backend == 'nccl' else None)
+
+
 def agreed(what: dict) -> None:
     """All ranks must start alike: DataError on each of them that names the first entry of `what` that differs, options
     aside that may differ."""
@@ -223,6 +235,12 @@ def _say(kind, error, trace, otherwise=sys.excepthook):
         what = (text or kind.__name__).splitlines()[0]
         error = f'out of memory ({what}): take a smaller model, --batch_size or --block_size'
     elif not issubclass(kind, DataError):
+        if os.environ.get('TORCHELASTIC_ERROR_FILE'):  # torchrun's report then shows the traceback
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+            try:
+                raise error.with_traceback(trace)
+            except Exception as e:  # it reads the traceback of what is being handled
+                get_error_handler().record_exception(e)
         return otherwise(kind, error, trace)
     elif rank != '0' and not error.one_rank:
         time.sleep(2)  # torchrun ends all ranks as soon as one ends: if the first met the same, it has spoken by now

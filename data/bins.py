@@ -163,9 +163,14 @@ class Bins:
         self.tokenizer, self.vocab_size = index['tokenizer'], index['vocab_size']
         self.own = self.tokenizer in ('char', 'tokens')  # others get a model of a multiple of 64, which is faster
         self.model_vocab_size = self.vocab_size if self.own else -(-self.vocab_size // 64) * 64
-        self.state, self.digests = self._codec_state(index), {k: e['sha256'] for k, e in index['splits'].items()}
+        self.state = self._codec_state(index)
         self.files, self.known = {}, self.vocab_size  # an id from `known` on is reported, once
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
+        known = {split: entry['sha256'] for split, entry in index['splits'].items()}
+        some = {split: tokens[::1 + len(tokens) // 1000].copy() for split, tokens in self.tokens.items()}
+        self.digests = {split: known.get(split) or  # where bins.json does not tell
+                        f'sampled {len(self.tokens[split])} {hashlib.sha256(ids).hexdigest()}'
+                        for split, ids in some.items()}
 
     def _codec_state(self, index: dict) -> dict:
         if not self.own:
@@ -239,8 +244,8 @@ class Bins:
         (x, y, n) where n <= batch_size sequences count and the rest, for a fixed shape, has targets -1.
         """
         mine = draw(count, 'eval', split)[rank::world_size]
-        for i in range(0, len(mine), batch_size):
+        for i in range(0, -(-count // world_size), batch_size):  # as many on every rank, perhaps with n == 0
             n = len(mine[i:i + batch_size])
             x, y = self._sequences(split, np.resize(mine[i:i + batch_size], batch_size))
-            y[n:] = -1
+            y[n or batch_size:] = -1
             yield x, y, n

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.utils._pytree import tree_map
 
 from data import FULL, NAMES, DataError
+
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias'
 
 
 def save(path: str, checkpoint: dict) -> None:
@@ -176,11 +179,18 @@ def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
     shape = {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
     lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
              for key, value in shape.items() if value != config[key]]
-    silent, known = (*shape, 'init_from', 'out_dir', 'eval_only'), checkpoint.get('data')
-    if known and digests and known != digests:
+    silent = *shape, 'init_from', 'out_dir', 'eval_only'
+    if _other_text(checkpoint, digests):
         lines.append(f'resumed on another text: dataset={config["dataset"]} has other sha256 sums than before')
     return lines + [f'resumed with {key}={config[key]}, it was {value}' for key, value in
                     checkpoint.get('config', {}).items() if key not in silent and config.get(key, value) != value]
+
+
+def _other_text(checkpoint: dict, digests: dict) -> bool:
+    """Whether the data of a checkpoint's run is known, and is not this."""
+    known = checkpoint.get('data') or {}
+    return any(known.get(split, sha256) != sha256 for split, sha256 in digests.items()
+               if known.get(split, '').startswith('sampled') == sha256.startswith('sampled'))
 
 
 def earlier(folder: str) -> str:
@@ -200,17 +210,32 @@ def to_sample(folder: str) -> tuple[str, dict]:
 def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:
     """
     The checkpoint of an out_dir that is further on, for a run with the options `config` on data with these sha256 sums;
-    `say` gets a line for each difference. Raises ValueError, or DataError if a file is damaged.
+    `say` gets a line for each difference. With init_from=auto it is empty if there is none, or another run's. Raises
+    ValueError if they do not go together, or DataError if a file is damaged.
     """
-    found, wanted = newest(folder), config['block_size']
+    found, wanted, auto = newest(folder), config['block_size'], config['init_from'] == 'auto'
+    if found is None and auto:
+        return {}
     if found is None:
         raise ValueError(f'init_from=resume: no ckpt.pt or last.pt in out_dir={folder}; {earlier(folder)}start with '
                          '--init_from=scratch')
+    was = {**found.get('config', {}), **found['model_args'], 'dropout': config['dropout']}
+    if auto and (other := [key for key in (*SHAPE, 'dataset', 'seed') if was.get(key, config[key]) != config[key]]):
+        say(f'out_dir={folder} holds another run ({other[0]}={was[other[0]]}): init_from=auto starts this one anew')
+        return {}
     if (stored := found['model_args'].get('block_size', wanted)) != wanted:
         raise ValueError(f'block_size={wanted}, but the checkpoint has {stored}: resume with --block_size={stored}')
+    if _other_text(found, digests) and was.get('dataset') == config['dataset']:
+        raise ValueError(f'dataset={config["dataset"]} was prepared anew since the checkpoint in out_dir={folder} was '
+                         'saved, from another text: give one of the two another name')
     for line in differences(found, config, digests):
         say(line)
     return found
+
+
+def whole(tree):
+    """A state dict whose DTensors, of a sharded run, are gathered on the CPU; all ranks must call this."""
+    return tree_map(lambda t: t.full_tensor().cpu() if hasattr(t, 'full_tensor') else t, tree)
 
 
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
@@ -221,6 +246,11 @@ def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, chec
     if problem := misfit(optimizer, checkpoint.get('optimizer')):
         raise DataError(f'the optimizer state of the checkpoint does not fit its model: {problem}')
     groups = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict({'state': checkpoint['optimizer']['state'], 'param_groups': groups})
+    params, state = [p for group in optimizer.param_groups for p in group['params']], checkpoint['optimizer']['state']
+    if hasattr(params[0], 'full_tensor'):  # of a sharded run: each rank takes its part
+        from torch.distributed.tensor import distribute_tensor
+        state = {i: {name: distribute_tensor(t, params[i].device_mesh, params[i].placements, src_data_rank=None)
+                     if name != 'step' else t for name, t in entry.items()} for i, entry in state.items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
     if scaler.is_enabled() and checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])

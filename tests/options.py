@@ -23,9 +23,9 @@ GROUPS = {  # the options of train.py; those of other scripts that are called th
                 'beta2 grad_clip seed',
     'evaluation, files, logs': 'out_dir eval_interval eval_iters eval_only always_save_checkpoint log_interval '
                                'wandb_log wandb_project wandb_run_name to',
-    'system': 'device dtype compile backend shard recompute deterministic',
+    'system': 'device dtype compile backend shard recompute',
     'text': 'start num_samples max_new_tokens temperature top_k top_p stop stream',
-    'what is timed': 'mode steps warmup_steps profile compare without prompt_tokens estimate',
+    'what is timed': 'mode steps warmup_steps profile compare without prompt_tokens',
 }
 
 

@@ -133,6 +133,10 @@ def test_opened(tmp_path):
 def test_a_folder_without_bins_json_is_opened_on_its_files(tmp_path):
     data = Bins(legacy(tmp_path, range(100), range(50), vocab_size=100), 8)
     assert (data.tokenizer, data.vocab_size, len(data.tokens['train'])) == ('char', 100, 100)
+    assert data.digests['train'].startswith('sampled 100 ') and data.digests['val'].startswith('sampled 50 ')
+    (tmp_path / 'other').mkdir()
+    other = Bins(legacy(tmp_path / 'other', range(99, -1, -1), range(50), vocab_size=100), 8).digests
+    assert other['train'] != data.digests['train'] and other['val'] == data.digests['val']
     os.remove(tmp_path / 'meta.pkl')
     data = Bins(str(tmp_path), 8)
     assert (data.tokenizer, data.vocab_size, data.state) == ('gpt2', 50257, {'tokenizer': 'gpt2'})
@@ -423,8 +427,8 @@ def eval_rows(data, split, count, batch_size, world_size):
     for rank in range(world_size):
         mine = []
         for x, y, n in data.eval_batches(split, count, batch_size, rank, world_size):
-            assert x.shape == y.shape == (batch_size, data.block_size) and 1 <= n <= batch_size
-            assert (y[:n] == x[:n] + 1).all() and (y[n:] == -1).all()
+            assert x.shape == y.shape == (batch_size, data.block_size) and 0 <= n <= batch_size
+            assert (y[:n] == x[:n] + 1).all() and (n == 0 or (y[n:] == -1).all())
             mine += x[:n].tolist()
         rows.update({rank + world_size * i: row for i, row in enumerate(mine)})
     assert sorted(rows) == list(range(count)), 'the shares are disjoint and complete'

@@ -97,7 +97,8 @@ def test_weights_that_are_infinite_are_refused(tmp_path):
 
 @pytest.mark.parametrize('before, now, said', [
     ({'train': 'a'}, {'train': 'b'}, True), ({'train': 'a'}, {'train': 'a'}, False),
-    (None, {'train': 'b'}, False), ({'train': 'a'}, {}, False)])
+    (None, {'train': 'b'}, False), ({'train': 'a'}, {}, False), ({'train': 'a'}, {'train': 'sampled b'}, False),
+    ({'train': 'sampled a'}, {'train': 'sampled b'}, True)])
 def test_another_text_is_a_difference_where_both_are_known(before, now, said):
     checkpoint = {**example(), **({'data': before} if before else {})}
     lines = ckpt.differences(checkpoint, {**checkpoint['config'], 'dataset': 'd'}, now)

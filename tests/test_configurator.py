@@ -673,9 +673,10 @@ def test_scripts_refuse_an_argument(refused, name, argument, message):
     ('--device=gpu', 'device=gpu: choose auto, cpu, cuda, cuda:N or mps'),
     ('--backend=ncc', 'backend=ncc: choose auto, nccl or gloo'),
     ('--init_from=foo',
-     'init_from=foo: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with config.json'),
-    ('--init_from=', 'init_from=: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with '
-                     'config.json'),
+     'init_from=foo: choose scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with '
+     'config.json'),
+    ('--init_from=', 'init_from=: choose scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder '
+                     'with config.json'),
 ])
 def test_train_refuses_a_value(refused, argument, message):
     assert refused('train.py', '--device=cpu', '--dtype=float32', '--min_lr=0', argument) == [message]
@@ -765,7 +766,8 @@ def test_all_problems_in_one_list(refused, monkeypatch):
         'batch_size=-1 must be at least 1',
         'eval_interval=0 must be at least 1',
         'gradient_accumulation_steps=40 must be a multiple of the 3 processes',
-        'init_from=foo: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with config.json',
+        'init_from=foo: choose scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with '
+     'config.json',
         'n_embd=100 must be a multiple of n_head=12',
         'device=gpu: choose auto, cpu, cuda, cuda:N or mps',
         'dtype=bf16: choose auto, float32, bfloat16 or float16']

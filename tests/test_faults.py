@@ -373,8 +373,8 @@ def test_bins_replaced_while_they_are_read_stay_what_they_were(options, tmp_path
     assert ended(start(options(max_iters=100, eval_interval=50, out_dir=tmp_path / 'quiet'), output)) == 0
     assert_same(tmp_path / 'out', tmp_path / 'quiet')
     if how == 'prepared again':
-        assert ended(start(options(dataset=own_dataset, max_iters=101, init_from='resume'), output)) == 0
-        assert f'resumed on another text: dataset={own_dataset} has other sha256 sums' in text(output)
+        assert ended(start(options(dataset=own_dataset, max_iters=101, init_from='resume'), output)) == 2
+        assert f'dataset={own_dataset} was prepared anew since the checkpoint in out_dir=' in text(f'{output}.err')
 
 
 @pytest.mark.slow

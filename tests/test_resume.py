@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 
-from data import bins
+from data import DataError, bins, codec
 from data import checkpoint as ckpt
 from tests.conftest import ROOT, TINY, flags, run
 from tests.kill_loop import assert_same, ended, latest, records, start, start_ranks, text
@@ -53,6 +54,83 @@ def straight(train, tmp_path_factory):
             train(STRAIGHT[key], **options)
         return STRAIGHT[key]
     return folder
+
+
+# -- init_from=auto: the same command goes on, or begins --------------------------------------------------------------
+
+def test_the_same_command_always_does_the_right_thing(train, straight, tmp_path, capsys):
+    for stop in (3, 7, None):
+        train(on_step=signal_at(stop), init_from='auto')
+    assert_same(tmp_path / 'out', straight())
+    capsys.readouterr()
+    train(init_from='auto')
+    assert 'the checkpoint has done 12 of max_iters=12 updates: nothing to do' in capsys.readouterr().out
+    assert_same(tmp_path / 'out', straight())
+    assert not [name for name in os.listdir(tmp_path / 'out') if '.prev' in name]
+
+
+@pytest.mark.parametrize('option, value', [('n_embd', 64), ('seed', 2), ('block_size', 8)])
+def test_another_run_is_kept_and_this_one_begins(train, tmp_path, capsys, option, value):
+    train(max_iters=2)
+    capsys.readouterr()
+    train(init_from='auto', max_iters=3, **{option: value})
+    said = capsys.readouterr().out
+    was = OPTIONS.get(option, 1337)
+    assert f'out_dir={tmp_path}/out holds another run ({option}={was}): init_from=auto starts this one anew' in said
+    assert 'kept as ckpt.prev.pt' in said and 'step 0: ' in said
+    assert latest(tmp_path / 'out')['iter_num'] == 3
+
+
+def test_a_damaged_checkpoint_is_not_another_run(train, tmp_path, capsys):
+    train(max_iters=2)
+    (tmp_path / 'out' / 'ckpt.pt').write_bytes(b'PK')
+    with pytest.raises(DataError, match='damaged'):
+        train(init_from='auto')
+
+
+def test_a_text_prepared_anew_under_the_same_name_is_refused(train, tmp_path, dataset, capsys):
+    data = str(shutil.copytree(dataset, tmp_path / 'data'))
+    train(max_iters=2, dataset=data)
+    ids = {split: bins.Bins(data, 8).tokens[split][::-1].copy() for split in ('train', 'val')}
+    bins.write(data, codec.of_folder(data), **{split: [tokens] for split, tokens in ids.items()})
+    for init_from in ('resume', 'auto'):
+        capsys.readouterr()
+        assert train(max_iters=4, dataset=data, init_from=init_from) == 2
+        assert f'train.py: dataset={data} was prepared anew since the checkpoint in' in capsys.readouterr().err
+    shutil.move(data, tmp_path / 'renamed')
+    train(max_iters=4, dataset=tmp_path / 'renamed', init_from='resume')
+    assert 'resumed on another text: ' in capsys.readouterr().out and latest(tmp_path / 'out')['iter_num'] == 4
+
+
+RESTARTED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+
+def on_step(step, model):  # this rank is killed at these updates, once in each attempt
+    attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+    if attempt < 3 and (step, int(os.environ['RANK'])) == {kills}[attempt]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.argv[0] = {root!r} + '/train.py'
+runpy.run_path(sys.argv[0], init_globals={{'on_step': on_step}}, run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_ranks_are_killed(dataset, tmp_path):
+    """Three times at random; the end is that of an undisturbed run, bit for bit."""
+    rng = random.Random(time.time_ns())
+    kills = [(rng.randint(low, low + 7), rng.randint(0, 1)) for low in (1, 9, 17)]
+    options = {**OPTIONS, 'dataset': dataset, 'max_iters': 24, 'lr_decay_iters': 24, 'eval_interval': 4,
+               'init_from': 'auto'}
+    for name, plan in (('straight', [(0, 0)] * 3), ('killed', kills)):
+        (tmp_path / f'{name}.py').write_text(RESTARTED.format(root=ROOT, kills=plan))
+        done = run(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                   '--max-restarts=3', str(tmp_path / f'{name}.py'), *flags(**options, out_dir=tmp_path / name),
+                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+        assert done.returncode == 0, (kills, done.stderr)
+    assert done.stdout.count('device cpu, dtype float32, processes 2') == 4
+    assert_same(tmp_path / 'killed', tmp_path / 'straight')
 
 
 # -- bit for bit, one process ---------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""--shard and --recompute change where things are kept, not what is computed; checkpoints do not know of them."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from data.bins import Bins
+from tests.conftest import TINY, flags, torchrun
+
+# without biases: those of keys have no gradient but rounding, which AdamW makes large
+RUN = dict(TINY, n_layer=3, gradient_accumulation_steps=4, dropout=0.1, max_iters=30, eval_interval=10,
+           lr_decay_iters=30, eval_iters=3)
+
+
+def train(processes: int, out, script, dataset, **options) -> dict:
+    """The checkpoint of a run, on one process in this one, on several by torchrun."""
+    arguments = flags(**{**RUN, 'dataset': dataset, 'out_dir': out, **options})
+    if processes == 1:
+        script('train.py', *arguments)
+    else:
+        done = torchrun(processes, 'train.py', *arguments)
+        assert done.returncode == 0, done.stderr
+    return torch.load(os.path.join(out, 'ckpt.pt'), weights_only=True)
+
+
+def distance(a, b) -> float:
+    """The largest relative distance between weights, and between moments, of two checkpoints."""
+    assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
+    pairs = [(a['model'][k], b['model'][k]) for k in a['model']]
+    pairs += [(s[k], b['optimizer']['state'][i][k]) for i, s in a['optimizer']['state'].items()
+              for k in ('exp_avg', 'exp_avg_sq')]
+    assert all(type(t) is torch.Tensor and t.shape == u.shape for t, u in pairs)
+    return max(float((t - u).norm() / u.norm()) for t, u in pairs)
+
+
+def test_recomputing_changes_nothing(script, dataset, tmp_path):
+    plain = train(1, tmp_path / 'plain', script, dataset, max_iters=8)
+    again = train(1, tmp_path / 'again', script, dataset, max_iters=8, recompute=True)
+    assert distance(plain, again) == 0
+
+
+def test_recomputing_keeps_less(script, dataset, tmp_path):
+    """What autograd keeps of a forward pass, in bytes."""
+    kept = {}
+    for recompute in (False, True):
+        sizes = {}
+
+        def count(step, model, sizes=sizes):
+            def pack(t):
+                sizes[t.data_ptr()] = t.numel() * t.element_size()
+                return t
+            if step == 1:
+                x = torch.zeros(8, 16, dtype=torch.long)
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    held = model(x, x)[1]
+                del held
+        script('train.py', *flags(**{**RUN, 'dataset': dataset, 'out_dir': tmp_path / str(recompute), 'n_layer': 6,
+                                     'max_iters': 1, 'recompute': recompute}), on_step=count)
+        kept[recompute] = sum(sizes.values())
+    assert kept[True] < kept[False] / 3, kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes, options', [
+    (2, dict(shard=True)), (2, dict(recompute=True)), (4, dict(shard=True, recompute=True))])
+def test_sharded_and_recomputed_runs_are_the_plain_one(script, dataset, tmp_path, processes, options):
+    plain = train(1, tmp_path / 'plain', script, dataset)
+    assert distance(train(processes, tmp_path / 'other', script, dataset, **options), plain) < 1e-5
+
+
+@pytest.mark.slow
+def test_from_two_to_four_sharded_to_one(script, dataset, tmp_path):
+    """By resuming: the uninterrupted run, on the same data."""
+    plain = train(1, tmp_path / 'plain', script, dataset)
+    out = tmp_path / 'out'
+    train(2, out, script, dataset, max_iters=10)
+    train(4, out, script, dataset, max_iters=20, init_from='resume', shard=True)
+    assert distance(train(1, out, script, dataset, init_from='resume'), plain) < 1e-5
+    losses = [[json.loads(line)['loss'] for line in (folder / 'log.jsonl').read_text().splitlines()
+               if '"kind": "train"' in line] for folder in (out, tmp_path / 'plain')]
+    assert len(losses[0]) == 30 and max(abs(a - b) for a, b in zip(*losses)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_sharded_run(script, dataset, tmp_path):
+    plain = train(1, tmp_path / 'plain', script, dataset, max_iters=4, eval_interval=4, dropout=0.0)
+    options = dict(max_iters=4, eval_interval=4, dropout=0.0, shard=True, recompute=True, compile=True)
+    assert distance(train(2, tmp_path / 'other', script, dataset, **options), plain) < 1e-5
+
+
+@pytest.mark.slow
+def test_only_under_torchrun(script, dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        train(1, tmp_path, script, dataset, shard=True)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == 'train.py: shard=True needs torchrun and another dtype than float16\n'
+
+
+def test_every_rank_gets_as_many_evaluation_batches(dataset):
+    """Or a sharded model would wait for ever. The sequences that count are the same ones."""
+    bins = Bins(dataset, 16)
+    for count, batch_size, world in ((7, 2, 3), (4, 2, 3), (1, 4, 4), (12, 3, 2)):
+        shares = [list(bins.eval_batches('val', count, batch_size, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        assert all(x.shape == y.shape == (batch_size, 16) for share in shares for x, y, n in share)
+        rows = [x[:n].tolist() for share in shares for x, y, n in share]
+        alone = [x[:n].tolist() for x, y, n in bins.eval_batches('val', count, count)]
+        assert sorted(sum(rows, [])) == sorted(sum(alone, []))
+        assert all((y >= 0).any() for share in shares for x, y, n in share), 'a loss of nothing is NaN'
