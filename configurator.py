@@ -246,5 +246,5 @@ if any(_word == '--help' or (_word == '-h' and not re.fullmatch('--[^=]+', _befo
     _show_help()
 _run_words(sys.argv[1:])
 end_if_wrong()
-config.update({_key: os.path.expanduser(config[_key]) for _key in {'out_dir', 'dataset', 'init_from'} & set(config)})
+config.update({_k: os.path.expanduser(config[_k]) for _k in {*config} & {'out_dir', 'dataset', 'init_from', 'to'}})
 globals().update(config)

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from data import DataError, codec
+from data import DataError, codec, versions
 from data import checkpoint as ckpt
 from model import CONV1D, GPT
 
@@ -24,7 +24,7 @@ from model import CONV1D, GPT
 out_dir = 'out'  # of the training run
 to = ''  # the folder to write
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
-need(to and (not os.path.lexists(to) or os.path.isdir(to) and not os.listdir(to)), f'to={to} is no new or empty folder')
+need(to and (not os.path.lexists(to) or os.path.isdir(to) and not os.listdir(to)), f'--to={to}: name a new folder')
 end_if_wrong()
 
 # -- tokenizer ------------------------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ transformers.PreTrainedTokenizerFast(
 if hasattr(tokenizer, 'meta'):  # by this our own scripts know its tokens
     with open(os.path.join(to, 'meta.pkl'), 'wb') as f:
         pickle.dump(tokenizer.meta(), f, protocol=4)
-told = {'data': checkpoint.get('config', {}).get('dataset'), 'updates': checkpoint.get('iter_num'),
-        'best val loss': checkpoint.get('best_val_loss'), 'tokens': tokenizer.name, 'shape': checkpoint['model_args'],
-        'options': checkpoint.get('config'), 'torch': torch.__version__, 'transformers': transformers.__version__}
+told = {'parameters': hf.num_parameters(), 'updates': checkpoint.get('iter_num'),
+        "the run's best val loss": checkpoint.get('best_val_loss'), 'tokens': tokenizer.name,
+        'bos, eos, pad': f'{special!r}: leave it in the text with skip_special_tokens=False', 'gelu': c.gelu,
+        **checkpoint['model_args'], **checkpoint.get('config', {}), **versions(), 'torch': torch.__version__}
 with open(os.path.join(to, 'README.md'), 'w', encoding='utf-8') as f:
-    f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n'
-            f'A GPT of {model.get_num_params():,} parameters, trained by exactGPT\'s train.py.\n\n| | |\n|---|---|\n')
+    f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n| exactGPT | |\n|---|---|\n')
     f.writelines(f'| {key} | {value} |\n' for key, value in told.items())
 print(f'{path} is now {to}, in transformers\' format')

@@ -32,7 +32,7 @@ from model import GPT, PUBLISHED, GPTConfig
 
 # -- options --------------------------------------------------------------------------------------------------------
 
-out_dir = 'out'  # checkpoints and log.jsonl go here
+out_dir = 'out'  # checkpoints, log.jsonl and loss.png go here
 eval_interval = 2000  # evaluate and save every so many updates
 log_interval = 1  # print and log every so many updates
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
@@ -123,8 +123,8 @@ say(f'device {device}, dtype {dtype}, processes {world_size}')
 
 bins = Bins(dataset, block_size)
 whole = max_iters * tokens_per_iter
-say(f'tokens per iteration will be: {tokens_per_iter:,}; in all {whole:,}, '
-    f'{whole / len(bins.tokens["train"]):,.2f} times the train part')
+rest = f'; in all {whole:,}, {whole / len(bins.tokens["train"]):,.2f} times the train part' if not eval_only else ''
+say(f'tokens per iteration will be: {tokens_per_iter:,}{rest}')
 if master and not eval_only and init_from != 'resume':
     claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 iter_num, best_val_loss, stored = 0, math.inf, {}  # iter_num: updates done, so the index of the next one
@@ -332,6 +332,7 @@ def check_finite(*losses):
     # float16: the scaler skips such an update and lowers its scale, which is normal while that is at least 1
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
+        log.close()
         at = bad[0] if bad else max(iter_num - 1, 0)
         leave_together(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                        f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)

@@ -168,9 +168,8 @@ class Bins:
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
         known = {split: entry['sha256'] for split, entry in index['splits'].items()}
         some = {split: tokens[::1 + len(tokens) // 1000].copy() for split, tokens in self.tokens.items()}
-        self.digests = {split: known.get(split) or  # where bins.json does not tell
-                        f'sampled {len(self.tokens[split])} {hashlib.sha256(ids).hexdigest()}'
-                        for split, ids in some.items()}
+        self.digests = {k: known.get(k) or f'sampled {len(self.tokens[k])} {hashlib.sha256(ids).hexdigest()}'
+                        for k, ids in some.items()}  # sampled: of a folder without bins.json
 
     def _codec_state(self, index: dict) -> dict:
         if not self.own:

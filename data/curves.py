@@ -38,11 +38,11 @@ def read(folder: str) -> Curve:
                 try:
                     record = json.loads(line)
                     if record['kind'] == 'run':
-                        config = record.get('config', {})
+                        config = record.get('config') or {}
                     elif record['kind'] == 'train':
-                        updates.append([record['iter'] + 1, *(float(record[key]) for key in ('loss', 'lr', 'norm'))])
+                        updates.append([float(record[key]) for key in ('iter', 'loss', 'lr', 'norm')])
                     elif record['kind'] == 'eval':
-                        evals.append([record['iter'], *(float(record[f'{split}/loss']) for split in ('train', 'val'))])
+                        evals.append([float(record[key]) for key in ('iter', 'train/loss', 'val/loss')])
                 except (ValueError, KeyError, TypeError):  # a line that a kill cut, or of another program
                     continue
     except OSError as e:
@@ -51,8 +51,9 @@ def read(folder: str) -> Curve:
         raise DataError(f'{path} holds no updates and no evaluations yet')
     tokens = config.get('gradient_accumulation_steps', 0) * config.get('batch_size', 0) * config.get('block_size', 0)
     shape = ', '.join(f'{key}={config[key]}' for key in ('dataset', 'n_layer', 'n_head', 'n_embd') if key in config)
-    return Curve(os.path.basename(os.path.abspath(folder)), shape, tokens,
-                 np.array(updates, float).reshape(-1, 4), np.array(evals, float).reshape(-1, 3))
+    updates = np.array(updates, float).reshape(-1, 4) + [1, 0, 0, 0]
+    return Curve(os.path.basename(os.path.abspath(folder)), shape, tokens, updates,
+                 np.array(evals, float).reshape(-1, 3))
 
 
 def _thinned(points: np.ndarray, most: int = 1000) -> np.ndarray:
@@ -74,19 +75,21 @@ def picture(curves: list[Curve]):
     per_update = {curve.tokens for curve in curves}
     by_tokens = len(per_update) > 1 and 0 not in per_update  # updates of different sizes do not compare
     figure = Figure((9, 7), dpi=110, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=(7, 2, 2))
     for i, curve in enumerate(curves):
         alone, scale = len(curves) == 1, curve.tokens if by_tokens else 1
         color, val_color = COLORS[i % len(COLORS)], COLORS[(i + alone) % len(COLORS)]
+        line = ('-', '--', ':', '-.')[i // len(COLORS) % 4]
         updates, best = _thinned(curve.updates), _best(curve.evals)
         x, evals_x = updates[:, 0] * scale, curve.evals[:, 0] * scale
         loss.plot(x, updates[:, 1], color='#bbbbbb' if alone else color, alpha=1 if alone else 0.3, linewidth=0.7,
-                  label='train, each update' if alone else None)
+                  label='train, as logged' if alone else None)
         marker = 'o' if len(evals_x) < 60 else None
         if alone:
             loss.plot(evals_x, curve.evals[:, 1], color=color, linewidth=2, marker=marker, markersize=3,
                       label='train, evaluated')
-        loss.plot(evals_x, curve.evals[:, 2], color=val_color, linewidth=2, marker=marker, markersize=3,
+        loss.plot(evals_x, curve.evals[:, 2], line, color=val_color, linewidth=2, marker=marker, markersize=3,
                   label='val, evaluated' if alone else curve.name if best is None else None)
         if best is not None:
             loss.plot(best[0] * scale, best[2], color=val_color, marker='*', markersize=14, linestyle='none',
@@ -100,26 +103,33 @@ def picture(curves: list[Curve]):
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
     rate.ticklabel_format(axis='y', scilimits=(0, 0))
-    norm.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    norms = np.concatenate([curve.updates[:, 3] for curve in curves])
+    usual = np.percentile(norms[np.isfinite(norms)], 99) if np.isfinite(norms).any() else 1.0
+    norm.set_ylim(0, 1.5 * usual or 1)  # a spike may leave the picture
     norm.set_xlabel('tokens' if by_tokens else 'updates')
     norm.xaxis.set_major_formatter(EngFormatter(sep='') if by_tokens else StrMethodFormatter('{x:,.0f}'))
     if len(per_update) == 1 and (tokens := per_update.pop()):
         top = loss.secondary_xaxis('top', functions=(lambda x: x * tokens, lambda x: x / tokens))
         top.set_xlabel('tokens')
+        top.set_zorder(1)  # over the grid
         top.xaxis.set_major_formatter(EngFormatter(sep=''))
     loss.legend(frameon=False)
     loss.set_title(f'{curves[0].name}: {curves[0].title}' if len(curves) == 1 else
-                   'val loss; pale: the loss of each update', fontsize=11)
+                   'val loss; pale: train loss, as logged', fontsize=11)
     figure.align_ylabels()
     return figure
 
 
 def draw(curves: list[Curve], path: str) -> None:
-    """Write their picture, as a PNG. ImportError without matplotlib, DataError on a full disk."""
+    """Write their picture, as its ending says. ImportError without matplotlib, DataError if it cannot be written."""
     figure = picture(curves)
-    with writing(path):
-        figure.savefig(path + '.tmp', format='png')
-    os.replace(path + '.tmp', path)
+    try:
+        with writing(path):
+            figure.savefig(path + '.tmp', format=os.path.splitext(path)[1][1:])
+        os.replace(path + '.tmp', path)
+    except (OSError, ValueError) as e:  # no such folder, no such format
+        raise DataError(f'{path} cannot be written ({e})') from e
 
 
 def redraw(folder: str) -> float:
@@ -135,7 +145,7 @@ def redraw(folder: str) -> float:
 
 
 def sketch(curves: list[Curve], width: int = 78, height: int = 20) -> str:
-    """The losses in characters: `.` each update, a letter a run's val loss, `*` its best."""
+    """The losses of up to 26 runs in characters: `.` each update, a letter a run's val loss, `*` its best."""
     points = []  # x, y, character; later ones lie on top
     for letter, curve in zip(LETTERS, curves):
         points += [(x, y, '.') for x, y in _thinned(curve.updates, 2 * width)[:, :2]]
@@ -151,24 +161,27 @@ def sketch(curves: list[Curve], width: int = 78, height: int = 20) -> str:
         grid[row][round(x / (last or 1) * (width - 1))] = character
     at = {0: f'{high:7.3f}', height - 1: f'{low:7.3f}'}
     lines = [f'{at.get(i, ""):7} |{"".join(row).rstrip()}' for i, row in enumerate(grid)]
+    lines.insert(0, f'{"loss":>7} |')
     lines += [' ' * 8 + '+' + '-' * width, f'{"":9}0{f"{last:,.0f} updates":>{width - 1}}']
     for letter, curve in zip(LETTERS, curves):
         best = _best(curve.evals)
         lines.append(f'{letter}: {curve.name}' + ('' if best is None else f', best val loss {best[2]:.4f} after '
                                                   f'{best[0]:,.0f} updates (*)'))
-    return '\n'.join(lines)
+    return '\n'.join([*lines, 'letters: val loss, *: its lowest, dots: train loss, as logged'])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='runlog.py', description='Draw the curves of runs into one picture, or, '
                                      'where matplotlib is not installed, in the terminal.')
     parser.add_argument('out_dirs', nargs='+', help='folders with a log.jsonl')
-    parser.add_argument('--to', default='loss.png', help='the file to write, default loss.png')
+    parser.add_argument('--to', default='loss.png', help='the file to write')
     given = parser.parse_args()
     curves = [read(folder) for folder in given.out_dirs]
+    if len({curve.name for curve in curves}) < len(curves):
+        curves = [curve._replace(name=folder) for curve, folder in zip(curves, given.out_dirs)]
     try:
         draw(curves, given.to)
         print(f'wrote {given.to}')
     except ImportError:
-        print(sketch(curves, shutil.get_terminal_size((88, 24)).columns - 10))
+        print(sketch(curves, max(20, shutil.get_terminal_size((88, 24)).columns - 10)))
         print('(pip install matplotlib for a picture)')

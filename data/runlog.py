@@ -53,7 +53,8 @@ class RunLog:
     Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
     With path None it does nothing, which is what every rank but the first wants. wandb, if asked for, gets all but the
     first; by `wandb_id` a later process goes on with that run. With matplotlib installed, loss.png beside the log is
-    drawn at evaluations and at the end. Raises DataError on a full disk.
+    drawn at the end, and at evaluations as far as that takes no more than a fiftieth of the time. Raises DataError on a
+    full disk.
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
@@ -88,7 +89,6 @@ class RunLog:
         self._wandb('finish')
 
     def _draw(self) -> None:
-        """Draw loss.png, for at most a fiftieth of the time."""
         if self.undrawn:
             took, self.undrawn = curves.redraw(os.path.dirname(self.path)), False
             self.draw_at = time.perf_counter() + 50 * took
@@ -137,7 +137,12 @@ def _before(path: str, resumed_at: int) -> list[str]:
 
 
 def _start_wandb(settings: dict, config: dict):
-    """A wandb run, or None with one line that says why; the local log goes on either way."""
+    """A wandb run, or None with one line that says why; the local log goes on either way. Where names are not given, a
+    run on other data than OpenWebText is called by its out_dir, in a project called by its dataset."""
+    options = config.get('config', {})
+    if (settings['project'], settings['name']) == ('owt', 'gpt2') and options.get('dataset') != 'openwebtext':
+        names = {'project': options.get('dataset'), 'name': options.get('out_dir')}
+        settings = {**settings, **{key: os.path.basename(os.path.abspath(name or key)) for key, name in names.items()}}
     try:
         import wandb
         run = wandb.init(config=config, resume='allow', settings=wandb.Settings(init_timeout=30), **settings)

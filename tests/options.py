@@ -42,20 +42,21 @@ def of_script(name: str) -> list[tuple[str, str, str]]:
     return re.findall(r"^  --(\w+)=('.*?'(?= {2}|$)|\S+) *(.*)$", said.getvalue(), re.MULTILINE)
 
 
-def of_parser(name: str) -> list[tuple[str, str, str]]:
-    """The same of a script that uses argparse."""
+def of_parser(name: str) -> list[tuple[str, str, str, str]]:
+    """The same of a script that uses argparse, and the type; arguments without a name in capitals."""
     with mock.patch.object(argparse.ArgumentParser, 'parse_args', autospec=True, side_effect=StopIteration) as parse:
         try:
             runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
         except StopIteration:
             pass
     actions = [a for a in parse.call_args.args[0]._actions if a.dest != 'help']
-    return [(a.dest, '' if a.default is None else repr(a.default), a.help) for a in actions]
+    return [(a.dest if a.option_strings else a.dest.upper(), '' if a.default is None else repr(a.default), a.help,
+             ' or '.join(a.choices) if a.choices else (a.type or str).__name__) for a in actions]
 
 
-def table(options: list[tuple[str, str, str]]) -> list[str]:
-    def row(key, default, meaning):
-        kind = type(ast.literal_eval(default)).__name__ if default else ''
+def table(options: list[tuple[str, ...]]) -> list[str]:
+    def row(key, default, meaning, kind=None):
+        kind = kind or type(ast.literal_eval(default)).__name__
         return f'| `{key}` | {kind} | {f"`{default}`" if default else ""} | {meaning.replace("|", "&#124;")} |'
     return ['| option | type | default | meaning |', '|---|---|---|---|', *(row(*option) for option in options), '']
 

@@ -54,12 +54,18 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize('name, options', [
     ('char', {}), ('tokens', dict(bias=True)), ('gpt2', dict(gelu='tanh', bias=True)),
-    ('char', dict(dtype=torch.bfloat16, gelu='tanh'))])
-def test_round_trip(exported, name, options, recwarn):
+    ('char', dict(dtype=torch.bfloat16, gelu='tanh', bias=True)), ('tokens', dict(dtype=torch.bfloat16)),
+    pytest.param('gpt2', {}, marks=pytest.mark.slow), pytest.param('gpt2', dict(dtype=torch.bfloat16, bias=True),
+                                                                   marks=pytest.mark.slow)])
+def test_round_trip(exported, name, options, recwarn, capfd):
     model, tokens, folder = exported(name, **options)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    capfd.readouterr(), recwarn.clear()
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert not [w for w in recwarn if 'transformers' in str(w.filename)]
+    assert not [w for w in recwarn if 'transformers' in str(w.filename)] and not any(info.values()), info
+    said = [line for line in capfd.readouterr().err.splitlines() if 'Loading weights' not in line and line.strip()]
+    assert said == [], 'neither warnings nor a report of what is missing'
+    hf.eval()
     # the same tokens, the same logits, the same text
     ids = tokens.encode(TEXTS[name])
     assert tokenizer(TEXTS[name])['input_ids'] == ids.tolist() and tokenizer.decode(ids.tolist()) == TEXTS[name]
@@ -157,9 +163,9 @@ def test_lm_eval_finds_the_loss_of_train(exported, tmp_path, name):
 def test_mistakes_are_one_line(exported, tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'a').write_text('')
-    for arguments, says in (([], 'to= is no new or empty folder'),
-                            ([f'--to={tmp_path}/full'], f'to={tmp_path}/full is no new or empty folder'),
-                            ([f'--to={tmp_path}/full/a'], f'to={tmp_path}/full/a is no new or empty folder'),
+    for arguments, says in (([], '--to=: name a new folder'),
+                            ([f'--to={tmp_path}/full'], f'--to={tmp_path}/full: name a new folder'),
+                            ([f'--to={tmp_path}/full/a'], f'--to={tmp_path}/full/a: name a new folder'),
                             ([f'--to={tmp_path}/x', f'--out_dir={tmp_path}'], 'no ckpt.pt or last.pt in out_dir=')):
         done = run('export.py', *arguments)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count('\n') == 1, done.stderr
