@@ -6,6 +6,8 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
     python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
     python bench.py --mode=sample --batch_size=1          tokens per second of generation
     python bench.py --without=FusedLoss,CPUDropout        without these parts of fast.py; --without=fast: without all
+    python bench.py --estimate=True --gpu=H100            what a shape would take on 1, 8 and 64 of them; runs nothing
+    torchrun --standalone --nproc_per_node=8 bench.py --real_data=False --gradient_accumulation_steps=8      scaling
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU
 """
 
@@ -14,8 +16,10 @@ try:
 except ModuleNotFoundError:
     fast = None
 import os
+import re
 import runpy
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +27,7 @@ import time
 import torch
 
 from data import bins, codec, launched, leave
-from model import GPT, GPTConfig, sample_ids
+from model import PEAK_TFLOPS, GPT, GPTConfig, sample_ids
 
 # -- options --------------------------------------------------------------------------------------------------------
 
@@ -38,6 +42,8 @@ dtype = 'auto'  # float32, bfloat16, float16; auto: as train.py
 compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
 without = ''  # parts of fast.py to leave out, by name and separated by commas
+estimate = False  # print memory and time on 1, 8 and 64 GPUs, by the formulas of estimate_gpus()
+gpu = 'H200'  # with estimate=True: a kind, by the names in BANDWIDTH
 compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
 dataset = 'openwebtext'  # with real_data: a folder in data/, or a path to one
 n_layer = 12  # blocks
@@ -63,6 +69,8 @@ for name in filter(None, without.split(',')):
     need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py has none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
+BANDWIDTH = {'A100': 2.0, 'H100': 3.35, 'H200': 4.8, 'B200': 8.0, 'L40S': 0.86, 'RTX 4090': 1.01}  # TB/s, datasheets
+need(gpu in BANDWIDTH, f'gpu={gpu}: choose {", ".join(BANDWIDTH)}')
 where, number_format = resolve(device, dtype)
 end_if_wrong()
 where, number_format = torch.device(where), getattr(torch, number_format)
@@ -169,6 +177,46 @@ def time_train() -> tuple[float, int]:
     return dt, model.config.vocab_size
 
 
+def time_alone() -> float | None:
+    """Seconds per update of one process with the micro-steps of one, measured by rank 0 before the others begin."""
+    if rank > 0 or world_size == 1 or gradient_accumulation_steps % world_size:
+        return None
+    env = {key: value for key, value in os.environ.items() if 'RANK' not in key and 'TORCHELASTIC' not in key}
+    share = f'--gradient_accumulation_steps={gradient_accumulation_steps // world_size}'
+    done = subprocess.run([sys.executable, *sys.argv, share, '--profile=False', '--compare=False'], env=env, text=True,
+                          stdout=subprocess.PIPE)
+    found = re.search(r'time per iteration: ([\d.]+)ms', done.stdout)
+    return float(found[1]) / 1e3 if found else None
+
+
+def estimate_gpus() -> None:
+    """
+    Print what an update would take: memory of each GPU in GiB, time in ms. N parameters, L blocks, C channels, V tokens
+    in the vocabulary, n GPUs; in bfloat16, compiled, with fast.py and no dropout.
+
+    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; and a token of
+               a micro-step 28 L C, the 14 C numbers that a block keeps for its backward pass, and 2 V, the logits
+    compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on H200s
+    optimizer  92 N bytes of memory traffic an update, fitted too
+    exchange   8 N (n - 1) / n bytes, a ring, at 300 GB/s between the GPUs of a host, at 40 GB/s between hosts of 8
+    """
+    vocab, tokens = 50304, batch_size * block_size
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**gpt2, vocab_size=vocab))
+    n_params, wide = model.get_num_params(non_embedding=False), n_layer * n_embd
+    memory = 18 * n_params + tokens * (28 * wide + 2 * vocab)
+    rate, bandwidth = 0.707e12 * PEAK_TFLOPS[gpu], 1e12 * BANDWIDTH[gpu]
+    token = model.flops_per_token() / rate + 235 * wide / bandwidth
+    print(f'{gpu}, {n_params / 1e6:.1f}M parameters, {gradient_accumulation_steps} micro-steps of {batch_size} x '
+          f'{block_size}: {memory / 2 ** 30:.1f} GiB on each')
+    for n in (1, 8, 64):
+        if gradient_accumulation_steps % n == 0:
+            work = gradient_accumulation_steps // n * tokens * token + 92 * n_params / bandwidth
+            dt = work + 8 * n_params * (n - 1) / n / (300e9 if n <= 8 else 40e9)
+            speed = gradient_accumulation_steps * tokens / dt
+            print(f'{n:2} GPUs: {dt * 1e3:10.1f} ms an update, {speed:12,.0f} tok/s, exchange {1 - work / dt:.1%}')
+
+
 def show_profile(profiler) -> None:
     """A table of device time by kind of work, and the trace."""
     os.makedirs('bench_profile', exist_ok=True)
@@ -251,17 +299,23 @@ def time_sample() -> None:
         min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), ours)
 
 
+if estimate:
+    sys.exit(estimate_gpus())
 _, rank, local_rank, world_size = launched()
 if rank > 0:
     sys.stdout = open(os.devnull, 'w')  # under torchrun the first process speaks
 if cuda:
     where = torch.device('cuda', local_rank)
     torch.cuda.set_device(where)
+alone = time_alone() if mode == 'train' else None
 peak = measure_ceilings()
 if mode == 'sample':
     time_sample()
 else:
     ours, trained_vocab = time_train()
+    if alone:
+        print(f'one process with its share takes {alone * 1000:.4f}ms: {world_size} do {world_size * alone / ours:.2f} '
+              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication')
     if compare:
         plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '

@@ -20,8 +20,8 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import checkpoint as ckpt
@@ -105,7 +105,8 @@ if ddp:
     backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
     join_ranks(backend, device)
 params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
-least = 16 * params + 2 * n_layer * n_embd * batch_size * block_size  # a 16-bit activation a layer is kept
+least = 16 * params // (world_size if shard else 1)
+least += 2 * n_layer * n_embd * batch_size * block_size  # a 16-bit activation a layer is kept
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
 if init_from in ('scratch', 'auto') and least > (free := free_memory(device)):
     fail(f'n_layer={n_layer}, n_embd={n_embd}, block_size={block_size}, batch_size={batch_size}, eval_iters='
@@ -157,8 +158,9 @@ model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_siz
 if shard:  # from here on its parameters are DTensors; blocks fetch theirs when they run (FSDP2, Zhao et al. 2023)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy(number_format, torch.float32) if dtype == 'bfloat16' else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(device_type, (world_size,))
     for part in (*raw_model.transformer.h, raw_model):
-        fully_shard(part, mesh=dist.init_device_mesh(device_type, (world_size,)), mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 if device_type == 'cpu' and not eval_only and whole * raw_model.flops_per_token() > 1e15:
@@ -190,7 +192,7 @@ if compile:  # piece by piece: the code of one block serves all, so it is ready 
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
 if recompute:  # activation checkpointing (Chen et al. 2016)
     for block in raw_model.transformer.h:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 wrapped = ddp and not flat and not shard
 model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if wrapped else raw_model
 

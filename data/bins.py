@@ -164,12 +164,8 @@ class Bins:
         self.own = self.tokenizer in ('char', 'tokens')  # others get a model of a multiple of 64, which is faster
         self.model_vocab_size = self.vocab_size if self.own else -(-self.vocab_size // 64) * 64
         self.state = self._codec_state(index)
-        self.files, self.known = {}, self.vocab_size  # an id from `known` on is reported, once
+        self.files, self.digests, self.known = {}, {}, self.vocab_size  # an id from `known` on is reported, once
         self.tokens = {split: self._open(split, index) for split in ('train', 'val')}
-        known = {split: entry['sha256'] for split, entry in index['splits'].items()}
-        some = {split: tokens[::1 + len(tokens) // 1000].copy() for split, tokens in self.tokens.items()}
-        self.digests = {k: known.get(k) or f'sampled {len(self.tokens[k])} {hashlib.sha256(ids).hexdigest()}'
-                        for k, ids in some.items()}  # sampled: of a folder without bins.json
 
     def _codec_state(self, index: dict) -> dict:
         if not self.own:
@@ -199,17 +195,19 @@ class Bins:
         if entry['tokens'] < self.block_size + 1:
             raise DataError(f'{path} has {entry["tokens"]:,} tokens; block_size={self.block_size} needs '
                             f'{self.block_size + 1:,}: take a smaller --block_size or more text')
-        self.files[split] = open(path, 'rb', buffering=0)
-        head = self.files[split].read(1024) if not entry['sha256'] else b''  # int32: every second uint16 is 0
+        self.files[split] = file = open(path, 'rb', buffering=0)
+        head = file.read(1024) if not entry['sha256'] else b''  # int32: every second uint16 is 0
         every_second = np.frombuffer(head[:len(head) // 4 * 4], '<u2')[1::2]
         if head.startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or (len(every_second) > 16 and not every_second.any()):
             raise DataError(f'{path} does not look like uint16 token ids: int32 or int64, or with a header? Write them '
                             'by numpy.array(ids, numpy.uint16).tofile(...), or by data.bins.write')
-        tokens = np.memmap(self.files[split], DTYPES[index['dtype']], 'r')
+        some = ((file.seek(at), file.read(128))[1] for at in range(0, size, 1 + size // 64))  # if bins.json has none
+        self.digests[split] = entry['sha256'] or f'sampled {size} {hashlib.sha256(b"".join(some)).hexdigest()}'
+        tokens = np.memmap(file, DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')
         if hasattr(os, 'posix_fadvise'):  # sequences lie anywhere: reading ahead would fetch 30 times as much
-            os.posix_fadvise(self.files[split].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         return tokens
 
     def _sequences(self, split: str, raw: np.ndarray) -> tuple:

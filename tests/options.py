@@ -25,7 +25,7 @@ GROUPS = {  # the options of train.py; those of other scripts that are called th
                                'wandb_log wandb_project wandb_run_name to',
     'system': 'device dtype compile backend shard recompute',
     'text': 'start num_samples max_new_tokens temperature top_k top_p stop stream',
-    'what is timed': 'mode steps warmup_steps profile compare without prompt_tokens',
+    'what is timed': 'mode steps warmup_steps profile compare without prompt_tokens estimate gpu',
 }
 
 

@@ -46,6 +46,29 @@ def test_under_torchrun_one_process_speaks_for_all(tmp_path):
     done = torchrun(2, 'bench.py', *flags(**SMALL, gradient_accumulation_steps=2), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(TIME.findall(done.stdout)) == 1 and 'processes 2' in done.stdout
+    said = r'^one process with its share takes ([\d.]+)ms: 2 do ([\d.]+) times its work, and ([\d.]+)% of the time is'
+    [(alone, gain, share)], [(ms, _)] = re.findall(said, done.stdout, re.M), TIME.findall(done.stdout)
+    assert float(gain) == pytest.approx(2 * float(alone) / float(ms), abs=0.01)
+    assert float(share) == pytest.approx(max(0, 100 - 100 * float(alone) / float(ms)), abs=0.1)
+
+
+@pytest.mark.parametrize('shape, gpu, gib, ms', [  # as tests/README.md has them; GiB of 350M are of an older commit
+    (dict(batch_size=12, gradient_accumulation_steps=40), 'H200', 6.4, 862.7),
+    (dict(batch_size=60, gradient_accumulation_steps=8), 'H200', 23.0, 827.0),
+    (dict(batch_size=240, gradient_accumulation_steps=2), 'H200', 85.5, 814.0),
+    (dict(batch_size=12, gradient_accumulation_steps=1), 'H200', 6.4, 24.02),
+    (dict(batch_size=60, gradient_accumulation_steps=8), 'H100', 23.0, 919.4),
+    (dict(batch_size=32, gradient_accumulation_steps=4, n_layer=48, n_head=25, n_embd=1600), 'H200', 104.8, 2419.3),
+    (dict(batch_size=128, gradient_accumulation_steps=4, n_layer=24, n_head=16, n_embd=1024), 'H200', None, 2296.4)])
+def test_estimates_are_near_what_was_measured(bench, capsys, shape, gpu, gib, ms):
+    with pytest.raises(SystemExit) as ended:
+        bench(estimate=True, gpu=gpu, block_size=1024, **{'n_layer': 12, 'n_head': 12, 'n_embd': 768, **shape})
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    [memory], [dt] = re.findall(r': ([\d.]+) GiB on each$', out, re.M), re.findall(r'^ 1 GPUs: +([\d.]+) ms', out, re.M)
+    assert gib is None or float(memory) == pytest.approx(gib, rel=0.1)
+    assert float(dt) == pytest.approx(ms, rel=0.15)
+    assert 'tok/s, of' not in out and 'TFLOP/s' not in out, 'nothing is measured'
 
 
 def test_it_times_as_many_tokens_as_the_options_say(bench):

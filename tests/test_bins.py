@@ -133,7 +133,7 @@ def test_opened(tmp_path):
 def test_a_folder_without_bins_json_is_opened_on_its_files(tmp_path):
     data = Bins(legacy(tmp_path, range(100), range(50), vocab_size=100), 8)
     assert (data.tokenizer, data.vocab_size, len(data.tokens['train'])) == ('char', 100, 100)
-    assert data.digests['train'].startswith('sampled 100 ') and data.digests['val'].startswith('sampled 50 ')
+    assert data.digests['train'].startswith('sampled 200 ') and data.digests['val'].startswith('sampled 100 ')
     (tmp_path / 'other').mkdir()
     other = Bins(legacy(tmp_path / 'other', range(99, -1, -1), range(50), vocab_size=100), 8).digests
     assert other['train'] != data.digests['train'] and other['val'] == data.digests['val']

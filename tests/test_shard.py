@@ -91,6 +91,17 @@ def test_a_compiled_sharded_run(script, dataset, tmp_path):
 
 
 @pytest.mark.slow
+def test_sharded_in_bfloat16(script, dataset, tmp_path):
+    """Weights are sent in 16 bits, and gradients summed in 32; the file holds what it always does."""
+    options = dict(max_iters=10, dtype='bfloat16', dropout=0.0)
+    plain = train(1, tmp_path / 'plain', script, dataset, **options)
+    sharded = train(2, tmp_path / 'sharded', script, dataset, **options, shard=True)
+    assert {t.dtype for t in sharded['model'].values()} == {torch.float32}
+    moved = distance(plain, train(1, tmp_path / 'seed', script, dataset, **options, seed=2))
+    assert distance(sharded, plain) < moved / 3
+
+
+@pytest.mark.slow
 def test_only_under_torchrun(script, dataset, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         train(1, tmp_path, script, dataset, shard=True)

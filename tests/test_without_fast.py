@@ -20,7 +20,7 @@ def copy(tmp_path_factory) -> str:
         if entry.is_file() and entry.name != 'fast.py':
             shutil.copy(entry.path, folder)
     made = ('__pycache__', '*.bin', '*.tmp', 'bins.json', 'meta.pkl', 'input.txt')
-    about_it = ('test_fast.py', 'test_without_fast.py')
+    about_it = ('test_fast.py', 'test_without_fast.py', 'test_texts.py')
     for name in ('assets', 'config', 'data', 'tests'):
         shutil.copytree(os.path.join(ROOT, name), os.path.join(folder, name),
                         ignore=shutil.ignore_patterns(*made, *about_it))
@@ -29,6 +29,7 @@ def copy(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.mark.slow
 def test_scripts_give_the_same_numbers(script, copy, dataset, tmp_path, capsys):
     def both(name: str, **options) -> tuple[str, str]:
         """What a script of this repo prints, and that of the copy."""

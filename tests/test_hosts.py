@@ -1,0 +1,101 @@
+"""Two hosts on one machine: network namespaces, each with an address of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, TINY, flags
+from tests.kill_loop import latest, text
+from tests.test_shard import distance
+
+ADDRESSES = {'one': '10.77.0.1', 'two': '10.77.0.2'}
+
+
+@pytest.fixture
+def hosts():
+    """start(host, arguments, output): README's command for two nodes on one of two hosts; what it prints goes there."""
+    def ip(*words):
+        return subprocess.run(['ip', *words], capture_output=True, text=True)
+
+    if not shutil.which('ip') or ip('netns', 'add', 'exact-one').returncode:
+        pytest.skip('needs root and Linux network namespaces')
+    started = []
+
+    def start(host: str, arguments: list[str], output: str) -> subprocess.Popen:
+        rank, env = list(ADDRESSES).index(host), {**os.environ, 'GLOO_SOCKET_IFNAME': f'{host}-eth'}
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2',
+                  f'--node_rank={rank}', f'--master_addr={ADDRESSES["one"]}', '--master_port=1234',
+                  os.path.join(ROOT, 'train.py')]
+        with open(output, 'w') as out:
+            process = subprocess.Popen(['ip', 'netns', 'exec', f'exact-{host}', *launch, *arguments], env=env,
+                                       stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        started.append(process)
+        return process
+
+    try:
+        ip('netns', 'add', 'exact-two')
+        ip(*'link add one-eth netns exact-one type veth peer name two-eth netns exact-two'.split())
+        for host, address in ADDRESSES.items():
+            ip('-n', f'exact-{host}', 'addr', 'add', f'{address}/24', 'dev', f'{host}-eth')
+            ip('-n', f'exact-{host}', 'link', 'set', 'lo', 'up')
+            assert ip('-n', f'exact-{host}', 'link', 'set', f'{host}-eth', 'up').returncode == 0
+        yield start
+    finally:
+        for process in started:
+            for pid in (process.pid, *children(process.pid)):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            process.wait()
+        for host in ADDRESSES:
+            ip('netns', 'del', f'exact-{host}')
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    found = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
+    return [p for child in map(int, found) for p in (child, *children(child))]
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_hosts_one_of_which_is_killed(hosts, dataset, tmp_path, script):
+    """The other ends, its checkpoint is whole, and the same command goes on, to the end of a run of one process."""
+    options = {**TINY, 'dataset': dataset, 'max_iters': 60, 'eval_interval': 5, 'lr_decay_iters': 60}
+    one, two = ([*flags(**options, init_from='auto', out_dir=tmp_path / name)] for name in ('out', 'nothing'))
+    path = str(tmp_path / 'out' / 'ckpt.pt')
+    first, second = hosts('one', one, str(tmp_path / '1')), hosts('two', two, str(tmp_path / '2'))
+    until(lambda: os.path.exists(path))
+    for pid in (*children(second.pid), second.pid):
+        os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert first.wait(60) != 0 and time.monotonic() - began < 60
+    assert re.search('Connection (reset|closed) by peer', text(str(tmp_path / '1')))
+    done = latest(tmp_path / 'out')['iter_num']
+    assert 0 < done < 60 and not (tmp_path / 'nothing').exists(), 'only the first rank writes'
+
+    # the second host does not see the first one's out_dir: that is said, by itself
+    for host, arguments in (('one', one), ('two', two)):
+        process = hosts(host, arguments, str(tmp_path / host))
+    assert process.wait(60) != 0
+    assert f'rank 1 started with iter_num=0, rank 0 with iter_num={done}: all of them need the same' in text(
+        str(tmp_path / 'two'))
+
+    ended = [hosts(host, one, str(tmp_path / f'{host} again')) for host in ADDRESSES]
+    assert [process.wait(60) for process in ended] == [0, 0], text(str(tmp_path / 'one again'))
+    script('train.py', *flags(**options, out_dir=tmp_path / 'straight'))
+    assert latest(tmp_path / 'out')['iter_num'] == 60
+    assert distance(latest(tmp_path / 'out'), latest(tmp_path / 'straight')) < 1e-5
