@@ -43,13 +43,15 @@ compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
 without = ''  # parts of fast.py to leave out, by name and separated by commas
 estimate = False  # print memory and time on 1, 8 and 64 GPUs, by the formulas of estimate_gpus()
-gpu = 'H200'  # with estimate=True: a kind, by the names in BANDWIDTH
+gpu = 'H200'  # with estimate=True: a kind, by the names in GPUS
 compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
 dataset = 'openwebtext'  # with real_data: a folder in data/, or a path to one
 n_layer = 12  # blocks
 n_head = 12  # heads of attention in a block
 n_embd = 768  # channels: the width of the model
 dropout = 0.0  # while training
+shard = False  # as in train.py
+recompute = False  # as in train.py
 gradient_accumulation_steps = 1  # micro-steps of one update, over all processes together
 warmup_steps = 10  # not timed: compilation, caches, clocks
 steps = 20  # timed
@@ -69,8 +71,9 @@ for name in filter(None, without.split(',')):
     need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py has none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
-BANDWIDTH = {'A100': 2.0, 'H100': 3.35, 'H200': 4.8, 'B200': 8.0, 'L40S': 0.86, 'RTX 4090': 1.01}  # TB/s, datasheets
-need(gpu in BANDWIDTH, f'gpu={gpu}: choose {", ".join(BANDWIDTH)}')
+GPUS = {'A100': (2.0, 80), 'H100': (3.35, 80), 'H200': (4.8, 141), 'B200': (8.0, 180), 'L40S': (0.86, 48),
+        'RTX 4090': (1.01, 24)}  # TB/s, GB: memory, by their datasheets
+need(gpu in GPUS, f'gpu={gpu}: choose {", ".join(GPUS)}')
 where, number_format = resolve(device, dtype)
 end_if_wrong()
 where, number_format = torch.device(where), getattr(torch, number_format)
@@ -158,7 +161,7 @@ def time_train() -> tuple[float, int]:
             ids = bins.draw(64 * (block_size + 1), seed, 'bench') % 50257
             bins.write(source, codec.BPECodec(), train=[ids], val=[ids])
         names = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'n_layer', 'n_head',
-                 'n_embd', 'dropout', 'gradient_accumulation_steps')
+                 'n_embd', 'dropout', 'gradient_accumulation_steps', 'shard', 'recompute')
         sys.argv = ['train.py', *(f'--{name}={config[name]}' for name in names), f'--dataset={source}',
                     f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}']
         try:
@@ -178,43 +181,48 @@ def time_train() -> tuple[float, int]:
 
 
 def time_alone() -> float | None:
-    """Seconds per update of one process with the micro-steps of one, measured by rank 0 before the others begin."""
+    """Seconds per update of one process with the micro-steps of one, by rank 0; the others wait for it to join them."""
     if rank > 0 or world_size == 1 or gradient_accumulation_steps % world_size:
         return None
     env = {key: value for key, value in os.environ.items() if 'RANK' not in key and 'TORCHELASTIC' not in key}
     share = f'--gradient_accumulation_steps={gradient_accumulation_steps // world_size}'
-    done = subprocess.run([sys.executable, *sys.argv, share, '--profile=False', '--compare=False'], env=env, text=True,
-                          stdout=subprocess.PIPE)
+    command = [sys.executable, *sys.argv, share, '--shard=False', '--profile=False', '--compare=False']
+    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE)
     found = re.search(r'time per iteration: ([\d.]+)ms', done.stdout)
     return float(found[1]) / 1e3 if found else None
 
 
 def estimate_gpus() -> None:
     """
-    Print what an update would take: memory of each GPU in GiB, time in ms. N parameters, L blocks, C channels, V tokens
-    in the vocabulary, n GPUs; in bfloat16, compiled, with fast.py and no dropout.
+    Print what an update would take on 1, 8 and 64 GPUs: memory of each, time. Each GPU does its share of the
+    micro-steps, but at least one. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
+    compiled, with fast.py and no dropout.
 
-    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; and a token of
-               a micro-step 28 L C, the 14 C numbers that a block keeps for its backward pass, and 2 V, the logits
-    compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on H200s
+    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; a share of
+               them with shard=True. And a token of a micro-step 28 L C, the 14 C numbers that a block keeps for its
+               backward pass, with recompute=True 2 L C + 28 C; and 2 V, the logits
+    compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on
+               H200s; a third more with recompute=True
     optimizer  92 N bytes of memory traffic an update, fitted too
-    exchange   8 N (n - 1) / n bytes, a ring, at 300 GB/s between the GPUs of a host, at 40 GB/s between hosts of 8
+    exchange   8 N (n - 1) / n bytes, a ring, at 300 GB/s between the GPUs of a host, at 40 GB/s between hosts of 8;
+               with shard=True in every micro-step
     """
-    vocab, tokens = 50304, batch_size * block_size
+    vocab, tokens, wide = 50304, batch_size * block_size, n_layer * n_embd
     with torch.device('meta'):
         model = GPT(GPTConfig(**gpt2, vocab_size=vocab))
-    n_params, wide = model.get_num_params(non_embedding=False), n_layer * n_embd
-    memory = 18 * n_params + tokens * (28 * wide + 2 * vocab)
-    rate, bandwidth = 0.707e12 * PEAK_TFLOPS[gpu], 1e12 * BANDWIDTH[gpu]
-    token = model.flops_per_token() / rate + 235 * wide / bandwidth
-    print(f'{gpu}, {n_params / 1e6:.1f}M parameters, {gradient_accumulation_steps} micro-steps of {batch_size} x '
-          f'{block_size}: {memory / 2 ** 30:.1f} GiB on each')
+    N, (bandwidth, size) = model.get_num_params(non_embedding=False), GPUS[gpu]
+    token = model.flops_per_token() / (0.707e12 * PEAK_TFLOPS[gpu]) + 235e-12 * wide / bandwidth
+    token *= 4 / 3 if recompute else 1
+    kept = 2 * wide + 28 * n_embd if recompute else 28 * wide
+    print(f'{gpu}, {N / 1e6:.1f}M parameters, micro-steps of {batch_size} x {block_size}')
     for n in (1, 8, 64):
-        if gradient_accumulation_steps % n == 0:
-            work = gradient_accumulation_steps // n * tokens * token + 92 * n_params / bandwidth
-            dt = work + 8 * n_params * (n - 1) / n / (300e9 if n <= 8 else 40e9)
-            speed = gradient_accumulation_steps * tokens / dt
-            print(f'{n:2} GPUs: {dt * 1e3:10.1f} ms an update, {speed:12,.0f} tok/s, exchange {1 - work / dt:.1%}')
+        micro_steps = max(1, gradient_accumulation_steps // n)
+        memory = 18 * N / (n if shard else 1) + tokens * (kept + 2 * vocab)
+        work = micro_steps * tokens * token + 92e-12 * N / (n if shard else 1) / bandwidth
+        dt = work + (micro_steps if shard else 1) * 8 * N * (n - 1) / n / (300e9 if n <= 8 else 40e9)
+        print(f'{n:2} x {micro_steps} micro-steps: {memory / 2 ** 30:.1f} GiB each'
+              f'{"" if memory < 0.95e9 * size else " (more than there is)"}, {dt * 1e3:.1f} ms an update, '
+              f'{n * micro_steps * tokens / dt:,.0f} tok/s, exchange {1 - work / dt:.1%}')
 
 
 def show_profile(profiler) -> None:
@@ -299,23 +307,23 @@ def time_sample() -> None:
         min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), ours)
 
 
-if estimate:
-    sys.exit(estimate_gpus())
 _, rank, local_rank, world_size = launched()
 if rank > 0:
     sys.stdout = open(os.devnull, 'w')  # under torchrun the first process speaks
+if estimate:
+    sys.exit(estimate_gpus())
 if cuda:
     where = torch.device('cuda', local_rank)
     torch.cuda.set_device(where)
-alone = time_alone() if mode == 'train' else None
 peak = measure_ceilings()
+alone = time_alone() if mode == 'train' else None
 if mode == 'sample':
     time_sample()
 else:
     ours, trained_vocab = time_train()
     if alone:
         print(f'one process with its share takes {alone * 1000:.4f}ms: {world_size} do {world_size * alone / ours:.2f} '
-              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication')
+              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication and waiting')
     if compare:
         plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '

@@ -70,10 +70,10 @@ transformers.PreTrainedTokenizerFast(
 if hasattr(tokenizer, 'meta'):  # by this our own scripts know its tokens
     with open(os.path.join(to, 'meta.pkl'), 'wb') as f:
         pickle.dump(tokenizer.meta(), f, protocol=4)
-told = {'parameters': hf.num_parameters(), 'updates': checkpoint.get('iter_num'),
-        "the run's best val loss": checkpoint.get('best_val_loss'), 'tokens': tokenizer.name,
-        'bos, eos, pad': f'{special!r}: leave it in the text with skip_special_tokens=False', 'gelu': c.gelu,
-        **checkpoint['model_args'], **checkpoint.get('config', {}), **versions(), 'torch': torch.__version__}
+told = {**checkpoint.get('config', {}), **checkpoint['model_args'], 'vocab_size': tokenizer.vocab_size, 'gelu': c.gelu,
+        'parameters': hf.num_parameters(), 'updates': checkpoint.get('iter_num'), 'dtype': checkpoint.get('dtype'),
+        "the run's best val loss": checkpoint.get('best_val_loss'), 'tokens': tokenizer.name, 'bos': repr(special),
+        **versions(), 'torch': torch.__version__, 'transformers': transformers.__version__}
 with open(os.path.join(to, 'README.md'), 'w', encoding='utf-8') as f:
     f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n| exactGPT | |\n|---|---|\n')
     f.writelines(f'| {key} | {value} |\n' for key, value in told.items())

@@ -38,7 +38,7 @@ log_interval = 1  # print and log every so many updates
 eval_iters = 200  # an evaluation reads eval_iters * batch_size sequences of each split
 eval_only = False  # evaluate once, write nothing, end
 always_save_checkpoint = True  # False: ckpt.pt only on a new best val loss, other states go to last.pt
-init_from = 'scratch'  # resume; auto: resume if it can; gpt2, gpt2-medium, -large, -xl; or a folder of transformers
+init_from = 'scratch'  # resume; auto: go on, or begin; gpt2, gpt2-medium, -large, -xl; or a folder of transformers
 wandb_log = False  # send what log.jsonl gets to wandb, too
 wandb_project = 'owt'  # the project of the run in wandb
 wandb_run_name = 'gpt2'  # its name there
@@ -91,10 +91,10 @@ need(0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must l
 need(grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off')
 need(init_from in ('scratch', 'resume', 'auto', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
      f'init_from={init_from}: choose scratch, resume, auto, {", ".join(PUBLISHED)}, or a folder with config.json')
-need(not shard or ddp and dtype != 'float16', 'shard=True needs torchrun and another dtype than float16')
 need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
 note_mistakes(GPTConfig, **shape)
 device, dtype = resolve(device, dtype)
+need(not shard or ddp and dtype != 'float16', 'shard=True needs torchrun and another dtype than float16')
 end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
@@ -155,12 +155,13 @@ if ddp:  # all ranks must start alike; a sum of norms stands for the weights
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
+config.update({key: model_args[key] for key in shape})  # a checkpoint or a folder brings its own
 if shard:  # from here on its parameters are DTensors; blocks fetch theirs when they run (FSDP2, Zhao et al. 2023)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    policy = MixedPrecisionPolicy(number_format, torch.float32) if dtype == 'bfloat16' else MixedPrecisionPolicy()
+    half = dict(param_dtype=number_format, reduce_dtype=torch.float32) if dtype == 'bfloat16' else {}
     mesh = dist.init_device_mesh(device_type, (world_size,))
     for part in (*raw_model.transformer.h, raw_model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half))
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 if device_type == 'cpu' and not eval_only and whole * raw_model.flops_per_token() > 1e15:
@@ -185,7 +186,7 @@ can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == '
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
 if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
     for block in raw_model.transformer.h:
-        if shard or recompute:  # inside of what they wrap around it
+        if shard or recompute:  # what these put around a block must stay outside of the compiled code
             block.forward = torch.compile(block.forward, dynamic=False)
         else:
             block.compile(dynamic=False)
@@ -252,7 +253,7 @@ def update(step):
         x, y = bins.train_batch(seed, step, part, gradient_accumulation_steps, batch_size)
         if dropout > 0:
             torch.manual_seed(int(draw(1, seed, 'dropout', step, part)[0]))
-        model.require_backward_grad_sync = m == micro_steps - 1  # for DistributedDataParallel: it exchanges in the last
+        model.require_backward_grad_sync = m == micro_steps - 1  # DistributedDataParallel exchanges in the last only
         micro_step(to_device(x), to_device(y))
     if flat:
         fast.exchange_gradients(raw_model)
@@ -304,7 +305,8 @@ def evaluate():
 
 def save(name):
     """Write the whole state of the run to out_dir/name. With a new ckpt.pt, nothing needs last.pt any more."""
-    model_state, optimizer_state = ckpt.whole(dict(raw_model.state_dict())), ckpt.whole(optimizer.state_dict())
+    model_state, optimizer_state = (
+        ckpt.whole(state, keep=master) for state in (dict(raw_model.state_dict()), optimizer.state_dict()))
     if not master:
         return
     say(f'saving checkpoint to {out_dir}')

@@ -104,7 +104,8 @@ def launched() -> tuple[bool, int, int, int]:
 
 def join_ranks(backend: str, device: str) -> None:
     """Make the process group. All restarts by one torchrun share a store, in which ranks would find those of before
-    (pytorch issue 167288); so on one machine each has a part of its own. Several count their restarts each."""
+    (pytorch issue 167288); so on one machine each has a part of its own. Several machines count restarts each for
+    itself: there only torchrun's rendezvous c10d finds together again."""
     import torch
     import torch.distributed as dist
     store, rank, processes = next(dist.rendezvous('env://'))
@@ -123,7 +124,8 @@ def agreed(what: dict) -> None:
     for rank, theirs in enumerate(everyone):
         for key, first in everyone[0].items():
             if theirs[key] != first and key not in ('out_dir', 'device', 'dataset') and not key.startswith('wandb_'):
-                raise DataError(f'rank {rank} started with {key}={theirs[key]}, rank 0 with {key}={first}: all of them '
+                theirs, first = (f'{value!s:.60}' for value in (theirs[key], first))
+                raise DataError(f'rank {rank} started with {key}={theirs}, rank 0 with {key}={first}: all of them '
                                 'need the same options, data and checkpoint')
 
 

@@ -188,7 +188,8 @@ def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
 
 def _other_text(checkpoint: dict, digests: dict) -> bool:
     """Whether the data of a checkpoint's run is known, and is not this."""
-    known = checkpoint.get('data') or {}
+    known = checkpoint.get('data')
+    known = {k: v for k, v in known.items() if isinstance(v, str)} if isinstance(known, dict) else {}
     return any(known.get(split, sha256) != sha256 for split, sha256 in digests.items()
                if known.get(split, '').startswith('sampled') == sha256.startswith('sampled'))
 
@@ -210,17 +211,19 @@ def to_sample(folder: str) -> tuple[str, dict]:
 def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:
     """
     The checkpoint of an out_dir that is further on, for a run with the options `config` on data with these sha256 sums;
-    `say` gets a line for each difference. With init_from=auto it is empty if there is none, or another run's. Raises
-    ValueError if they do not go together, or DataError if a file is damaged.
+    `say` gets a line for each difference. With init_from=auto it is empty if there is none, or that of another run: of
+    another shape, seed or text. Raises ValueError if they do not go together, or DataError if a file is damaged.
     """
-    found, wanted, auto = newest(folder), config['block_size'], config['init_from'] == 'auto'
+    found, wanted = newest(folder), config['block_size']
+    auto = config['init_from'] == 'auto' and not config['eval_only']  # nobody wants to evaluate a fresh model
     if found is None and auto:
         return {}
     if found is None:
-        raise ValueError(f'init_from=resume: no ckpt.pt or last.pt in out_dir={folder}; {earlier(folder)}start with '
-                         '--init_from=scratch')
+        raise ValueError(f'init_from={config["init_from"]}: no ckpt.pt or last.pt in out_dir={folder}; '
+                         f'{earlier(folder)}start with --init_from=scratch')
     was = {**found.get('config', {}), **found['model_args'], 'dropout': config['dropout']}
-    if auto and (other := [key for key in (*SHAPE, 'dataset', 'seed') if was.get(key, config[key]) != config[key]]):
+    same = (*SHAPE, 'seed', *['dataset'] * (_other_text(found, digests) or not found.get('data')))  # not its spelling
+    if auto and (other := [key for key in same if was.get(key, config[key]) != config[key]]):
         say(f'out_dir={folder} holds another run ({other[0]}={was[other[0]]}): init_from=auto starts this one anew')
         return {}
     if (stored := found['model_args'].get('block_size', wanted)) != wanted:
@@ -233,9 +236,19 @@ def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -
     return found
 
 
-def whole(tree):
-    """A state dict whose DTensors, of a sharded run, are gathered on the CPU; all ranks must call this."""
-    return tree_map(lambda t: t.full_tensor().cpu() if hasattr(t, 'full_tensor') else t, tree)
+def whole(tree, keep: bool):
+    """A state dict whose DTensors, of a sharded run, are gathered on the CPU of ranks that `keep` them, tied ones once;
+    all ranks must call this."""
+    gathered = {}
+
+    def gather(t):
+        if not hasattr(t, 'full_tensor'):
+            return t
+        if (place := t.to_local().data_ptr()) not in gathered:
+            full = t.full_tensor()
+            gathered[place] = full.cpu() if keep else None
+        return gathered[place]
+    return tree_map(gather, tree)
 
 
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:

@@ -68,17 +68,22 @@ def _best(evals: np.ndarray) -> np.ndarray | None:
     return finite[finite[:, 2].argmin()] if len(finite) else None
 
 
+def _scales(curves: list[Curve]) -> tuple[str, list[int]]:
+    """What to draw over, and how many of it an update is: tokens, if updates of different sizes are to be compared."""
+    sizes = [curve.tokens for curve in curves]
+    return ('tokens', sizes) if len(set(sizes)) > 1 and all(sizes) else ('updates', [1] * len(curves))
+
+
 def picture(curves: list[Curve]):
     """A matplotlib figure of one run or several. ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, StrMethodFormatter
-    per_update = {curve.tokens for curve in curves}
-    by_tokens = len(per_update) > 1 and 0 not in per_update  # updates of different sizes do not compare
+    from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+    unit, scales = _scales(curves)
     figure = Figure((9, 7), dpi=110, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=(7, 2, 2))
     for i, curve in enumerate(curves):
-        alone, scale = len(curves) == 1, curve.tokens if by_tokens else 1
+        alone, scale = len(curves) == 1, scales[i]
         color, val_color = COLORS[i % len(COLORS)], COLORS[(i + alone) % len(COLORS)]
         line = ('-', '--', ':', '-.')[i // len(COLORS) % 4]
         updates, best = _thinned(curve.updates), _best(curve.evals)
@@ -94,7 +99,8 @@ def picture(curves: list[Curve]):
         if best is not None:
             loss.plot(best[0] * scale, best[2], color=val_color, marker='*', markersize=14, linestyle='none',
                       markeredgecolor='white', zorder=5,
-                      label=f'{"" if alone else curve.name + ", "}best val: {best[2]:.4f} after {best[0]:,.0f} updates')
+                      label=f'{"" if alone else curve.name + ", "}best val: {best[2]:.4f} after '
+                            f'{best[0] * scale:,.0f} {unit}')
         rate.plot(x, updates[:, 2], color=color, linewidth=1.2)
         norm.plot(x, updates[:, 3], color=color, linewidth=0.7, alpha=1 if alone else 0.6)
     for axes, name in ((loss, 'loss (nats a token)'), (rate, 'learning rate'), (norm, 'gradient norm')):
@@ -107,9 +113,10 @@ def picture(curves: list[Curve]):
     norms = np.concatenate([curve.updates[:, 3] for curve in curves])
     usual = np.percentile(norms[np.isfinite(norms)], 99) if np.isfinite(norms).any() else 1.0
     norm.set_ylim(0, 1.5 * usual or 1)  # a spike may leave the picture
-    norm.set_xlabel('tokens' if by_tokens else 'updates')
-    norm.xaxis.set_major_formatter(EngFormatter(sep='') if by_tokens else StrMethodFormatter('{x:,.0f}'))
-    if len(per_update) == 1 and (tokens := per_update.pop()):
+    norm.set_xlabel(unit)
+    norm.xaxis.set_major_locator(MaxNLocator(integer=True))
+    norm.xaxis.set_major_formatter(EngFormatter(sep='') if unit == 'tokens' else StrMethodFormatter('{x:,.0f}'))
+    if unit == 'updates' and (tokens := curves[0].tokens) and {curve.tokens for curve in curves} == {tokens}:
         top = loss.secondary_xaxis('top', functions=(lambda x: x * tokens, lambda x: x / tokens))
         top.set_xlabel('tokens')
         top.set_zorder(1)  # over the grid
@@ -145,12 +152,15 @@ def redraw(folder: str) -> float:
 
 
 def sketch(curves: list[Curve], width: int = 78, height: int = 20) -> str:
-    """The losses of up to 26 runs in characters: `.` each update, a letter a run's val loss, `*` its best."""
+    """The losses of up to 26 runs in characters: letters are val loss, large where it is lowest, dots train loss."""
+    unit, scales = _scales(curves)
     points = []  # x, y, character; later ones lie on top
-    for letter, curve in zip(LETTERS, curves):
-        points += [(x, y, '.') for x, y in _thinned(curve.updates, 2 * width)[:, :2]]
-        points += [(x, y, letter) for x, _, y in curve.evals]
-    points += [(best[0], best[2], '*') for curve in curves if (best := _best(curve.evals)) is not None]
+    for letter, curve, scale in zip(LETTERS, curves, scales):
+        points += [(x * scale, y, '.') for x, y in _thinned(curve.updates, 2 * width)[:, :2]]
+        points += [(x * scale, y, letter) for x, _, y in curve.evals]
+    bests = [_best(curve.evals) for curve in curves]
+    points += [(best[0] * scale, best[2], letter.upper())
+               for letter, best, scale in zip(LETTERS, bests, scales) if best is not None]
     points = [point for point in points if np.isfinite(point[:2]).all()]
     if not points:
         return 'no loss is finite'
@@ -160,21 +170,19 @@ def sketch(curves: list[Curve], width: int = 78, height: int = 20) -> str:
         row = round((high - y) / (high - low or 1) * (height - 1))
         grid[row][round(x / (last or 1) * (width - 1))] = character
     at = {0: f'{high:7.3f}', height - 1: f'{low:7.3f}'}
-    lines = [f'{at.get(i, ""):7} |{"".join(row).rstrip()}' for i, row in enumerate(grid)]
-    lines.insert(0, f'{"loss":>7} |')
-    lines += [' ' * 8 + '+' + '-' * width, f'{"":9}0{f"{last:,.0f} updates":>{width - 1}}']
-    for letter, curve in zip(LETTERS, curves):
-        best = _best(curve.evals)
-        lines.append(f'{letter}: {curve.name}' + ('' if best is None else f', best val loss {best[2]:.4f} after '
-                                                  f'{best[0]:,.0f} updates (*)'))
-    return '\n'.join([*lines, 'letters: val loss, *: its lowest, dots: train loss, as logged'])
+    lines = [f'{"loss":>7} |', *(f'{at.get(i, ""):7} |{"".join(row).rstrip()}' for i, row in enumerate(grid))]
+    lines += [' ' * 8 + '+' + '-' * width, f'{"":9}0{f"{last:,.0f} {unit}":>{width - 1}}']
+    for letter, curve, best, scale in zip(LETTERS, curves, bests, scales):
+        lines.append(f'{letter}: {curve.name}' + ('' if best is None else f', best val loss {best[2]:.4f} '
+                                                  f'({letter.upper()}) after {best[0] * scale:,.0f} {unit}'))
+    return '\n'.join([*lines, 'letters: val loss, dots: train loss, as logged'])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='runlog.py', description='Draw the curves of runs into one picture, or, '
                                      'where matplotlib is not installed, in the terminal.')
     parser.add_argument('out_dirs', nargs='+', help='folders with a log.jsonl')
-    parser.add_argument('--to', default='loss.png', help='the file to write')
+    parser.add_argument('--to', default='loss.png', help='the file to write, loss.png by default')
     given = parser.parse_args()
     curves = [read(folder) for folder in given.out_dirs]
     if len({curve.name for curve in curves}) < len(curves):
@@ -184,4 +192,4 @@ def main() -> None:
         print(f'wrote {given.to}')
     except ImportError:
         print(sketch(curves, max(20, shutil.get_terminal_size((88, 24)).columns - 10)))
-        print('(pip install matplotlib for a picture)')
+        print('(for a picture: pip install matplotlib)')

@@ -145,4 +145,4 @@ if __name__ == '__main__':
     if 'train.bin.tmp' in there:
         print(f'note: an earlier run in {folder} was not finished; starting again')
     index = prepare(folder, **given)
-    print(f'{index["found"]["documents"]:,} documents in {os.path.relpath(folder)}', advice(index, name), sep='\n')
+    print(f'{index["found"]["documents"]:,} document(s) in {os.path.relpath(folder)}', advice(index, name), sep='\n')

@@ -52,6 +52,18 @@ def test_under_torchrun_one_process_speaks_for_all(tmp_path):
     assert float(share) == pytest.approx(max(0, 100 - 100 * float(alone) / float(ms)), abs=0.1)
 
 
+def test_estimates_of_what_does_not_fit(bench, capsys):
+    shape = dict(n_layer=32, n_head=32, n_embd=4096, block_size=1024, batch_size=4, gradient_accumulation_steps=64)
+    said = []
+    for options in ({}, dict(shard=True), dict(shard=True, recompute=True)):
+        with pytest.raises(SystemExit):
+            bench(estimate=True, gpu='H100', **shape, **options)
+        found = re.findall(r'micro-steps: ([\d.]+) GiB each( \(more than there is\))?', capsys.readouterr().out)
+        said.append([(float(gib), bool(more)) for gib, more in found])
+    assert [more for _, more in said[0]] == [True] * 3 and [more for _, more in said[2]] == [True, False, False]
+    assert said[1][2] < said[1][1] < said[1][0] == said[0][0] and said[2][1] < said[1][1]
+
+
 @pytest.mark.parametrize('shape, gpu, gib, ms', [  # as tests/README.md has them; GiB of 350M are of an older commit
     (dict(batch_size=12, gradient_accumulation_steps=40), 'H200', 6.4, 862.7),
     (dict(batch_size=60, gradient_accumulation_steps=8), 'H200', 23.0, 827.0),
@@ -65,7 +77,10 @@ def test_estimates_are_near_what_was_measured(bench, capsys, shape, gpu, gib, ms
         bench(estimate=True, gpu=gpu, block_size=1024, **{'n_layer': 12, 'n_head': 12, 'n_embd': 768, **shape})
     assert not ended.value.code
     out = capsys.readouterr().out
-    [memory], [dt] = re.findall(r': ([\d.]+) GiB on each$', out, re.M), re.findall(r'^ 1 GPUs: +([\d.]+) ms', out, re.M)
+    lines = re.findall(r'^ *(\d+) x (\d+) micro-steps: ([\d.]+) GiB each.*?, ([\d.]+) ms an update', out, re.M)
+    steps = shape['gradient_accumulation_steps']
+    assert [(int(n), int(m)) for n, m, *_ in lines] == [(1, steps), (8, max(1, steps // 8)), (64, 1)]
+    memory, dt = lines[0][2:]
     assert gib is None or float(memory) == pytest.approx(gib, rel=0.1)
     assert float(dt) == pytest.approx(ms, rel=0.15)
     assert 'tok/s, of' not in out and 'TFLOP/s' not in out, 'nothing is measured'

@@ -27,8 +27,8 @@ BENCH = dict(
     mode='train', batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto',
     compile=True, profile=False, without='', estimate=False, gpu='H200',
     compare=False, dataset='openwebtext', **GPT2, dropout=0.0,
-    gradient_accumulation_steps=1, warmup_steps=10, steps=20, prompt_tokens=16, max_new_tokens=256, top_k=200,
-    vocab_size=50304)
+    shard=False, recompute=False, gradient_accumulation_steps=1, warmup_steps=10, steps=20,
+    prompt_tokens=16, max_new_tokens=256, top_k=200, vocab_size=50304)
 SCRIPTS = {'train.py': TRAIN, 'sample.py': SAMPLE, 'bench.py': BENCH}
 
 

@@ -98,7 +98,9 @@ def test_picture_of_several_runs(tmp_path, matplotlib):
     runs = [curves.read(logged(tmp_path / name, batch_size=4 * (i + 1))) for i, name in enumerate(names)]
     loss = curves.picture(runs).axes[0]
     stars = [line for line in loss.lines if line.get_marker() == '*']
-    assert [line.get_label() for line in stars] == [f'{name}, best val: 2.2500 after 20 updates' for name in names]
+    assert [line.get_label() for line in stars] == [
+        f'{name}, best val: 2.2500 after {n:,} tokens' for name, n in zip(names, (2560, 5120, 7680))]
+    assert ' after 5,120 tokens' in curves.sketch(runs)
     assert [line.get_xdata()[0] for line in stars] == [20 * 128, 20 * 256, 20 * 384]
     assert len({line.get_color() for line in stars}) == 3 and not loss.child_axes
     same = curves.picture([curves.read(logged(tmp_path / 'd')), runs[0]]).axes[0]
@@ -162,14 +164,14 @@ def test_sketch(tmp_path):
         '   loss |',
         '  4.000 |a',
         '        |',
-        '        |*    a',
+        '        |B    a',
         '        |',
-        '  2.000 |          *',
+        '  2.000 |          A',
         '        +-----------',
         '         0100 updates',
-        'a: one, best val loss 2.0000 after 100 updates (*)',
-        'b: two, best val loss 3.0000 after 0 updates (*)',
-        'letters: val loss, *: its lowest, dots: train loss, as logged']
+        'a: one, best val loss 2.0000 (A) after 100 updates',
+        'b: two, best val loss 3.0000 (B) after 0 updates',
+        'letters: val loss, dots: train loss, as logged']
 
 
 def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
@@ -197,8 +199,8 @@ def test_the_command_without_matplotlib(tmp_path):
     logged(tmp_path / 'a')
     ran = command('a', cwd=tmp_path)
     assert (ran.stderr, ran.returncode) == ('', 0) and not (tmp_path / 'loss.png').exists()
-    assert 'a: a, best val loss 2.2500 after 20 updates (*)\n' in ran.stdout
-    assert ran.stdout.endswith('\n(pip install matplotlib for a picture)\n')
+    assert 'a: a, best val loss 2.2500 (A) after 20 updates\n' in ran.stdout
+    assert ran.stdout.endswith('\n(for a picture: pip install matplotlib)\n')
 
 
 def test_imported_from_anywhere():

@@ -69,6 +69,31 @@ def test_the_same_command_always_does_the_right_thing(train, straight, tmp_path,
     assert not [name for name in os.listdir(tmp_path / 'out') if '.prev' in name]
 
 
+def test_another_spelling_of_a_dataset_is_no_other_run(train, tmp_path, dataset, capsys):
+    train(max_iters=2)
+    os.symlink(dataset, tmp_path / 'link')
+    train(init_from='auto', max_iters=3, dataset=tmp_path / 'link')
+    assert latest(tmp_path / 'out')['iter_num'] == 3 and 'another run' not in capsys.readouterr().out
+    text = bins.Bins(dataset, 8).tokens
+    bins.write(str(tmp_path / 'new'), codec.of_folder(dataset), **{k: [v[::-1].copy()] for k, v in text.items()})
+    train(init_from='auto', max_iters=1, dataset=tmp_path / 'new')
+    assert f'out_dir={tmp_path}/out holds another run (dataset=' in capsys.readouterr().out
+
+
+def test_evaluating_nothing_is_refused(train, tmp_path, capsys):
+    assert train(init_from='auto', eval_only=True) == 2
+    assert f'init_from=auto: no ckpt.pt or last.pt in out_dir={tmp_path}/out' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('data', ['text', ['a'], {'train': 5}])
+def test_what_others_call_data_in_a_checkpoint_does_not_matter(train, tmp_path, data):
+    train(max_iters=2)
+    path = tmp_path / 'out' / 'ckpt.pt'
+    torch.save({**torch.load(path), 'data': data}, path)
+    train(max_iters=3, init_from='resume')
+    assert latest(tmp_path / 'out')['iter_num'] == 3
+
+
 @pytest.mark.parametrize('option, value', [('n_embd', 64), ('seed', 2), ('block_size', 8)])
 def test_another_run_is_kept_and_this_one_begins(train, tmp_path, capsys, option, value):
     train(max_iters=2)

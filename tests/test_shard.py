@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 
 from data.bins import Bins
-from tests.conftest import TINY, flags, torchrun
+from tests.conftest import ROOT, TINY, flags, torchrun
 
 # without biases: those of keys have no gradient but rounding, which AdamW makes large
 RUN = dict(TINY, n_layer=3, gradient_accumulation_steps=4, dropout=0.1, max_iters=30, eval_interval=10,
@@ -70,6 +71,30 @@ def test_sharded_and_recomputed_runs_are_the_plain_one(script, dataset, tmp_path
     assert distance(train(processes, tmp_path / 'other', script, dataset, **options), plain) < 1e-5
 
 
+LOCAL = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+def on_step(step, model):
+    sizes = [(p.to_local().numel(), p.numel()) for p in model.parameters()]
+    print('of', sum(n for _, n in sizes), 'here', sum(n for n, _ in sizes), flush=True)
+sys.argv[0] = {root!r} + '/train.py'
+runpy.run_path(sys.argv[0], init_globals={{'on_step': on_step}}, run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_each_rank_keeps_a_part_and_tied_weights_are_saved_once(dataset, tmp_path):
+    (tmp_path / 'local.py').write_text(LOCAL.format(root=ROOT))
+    done = torchrun(2, str(tmp_path / 'local.py'), *flags(**{**RUN, 'dataset': dataset, 'out_dir': tmp_path / 'out',
+                                                            'max_iters': 1, 'shard': True}))
+    sizes = re.findall(r'^of (\d+) here (\d+)$', done.stdout, re.MULTILINE)
+    assert len(sizes) == 2 and len({n for n, _ in sizes}) == 1, done.stderr
+    whole, parts = int(sizes[0][0]), [int(part) for _, part in sizes]
+    assert sum(parts) == whole and max(parts) < 0.6 * whole
+    model = torch.load(tmp_path / 'out' / 'ckpt.pt')['model']
+    assert model['lm_head.weight'].data_ptr() == model['transformer.wte.weight'].data_ptr()
+
+
 @pytest.mark.slow
 def test_from_two_to_four_sharded_to_one(script, dataset, tmp_path):
     """By resuming: the uninterrupted run, on the same data."""
@@ -92,7 +117,7 @@ def test_a_compiled_sharded_run(script, dataset, tmp_path):
 
 @pytest.mark.slow
 def test_sharded_in_bfloat16(script, dataset, tmp_path):
-    """Weights are sent in 16 bits, and gradients summed in 32; the file holds what it always does."""
+    """Weights are sent in 16 bits; the file holds what it always does."""
     options = dict(max_iters=10, dtype='bfloat16', dropout=0.0)
     plain = train(1, tmp_path / 'plain', script, dataset, **options)
     sharded = train(2, tmp_path / 'sharded', script, dataset, **options, shard=True)
