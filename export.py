@@ -73,7 +73,7 @@ if hasattr(tokenizer, 'meta'):  # by this our own scripts know its tokens
 told = {**checkpoint.get('config', {}), **checkpoint['model_args'], 'vocab_size': tokenizer.vocab_size, 'gelu': c.gelu,
         'parameters': hf.num_parameters(), 'updates': checkpoint.get('iter_num'), 'dtype': checkpoint.get('dtype'),
         "the run's best val loss": checkpoint.get('best_val_loss'), 'tokens': tokenizer.name, 'bos': repr(special),
-        **versions(), 'torch': torch.__version__, 'transformers': transformers.__version__}
+        **versions(), 'transformers': transformers.__version__}
 with open(os.path.join(to, 'README.md'), 'w', encoding='utf-8') as f:
     f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n| exactGPT | |\n|---|---|\n')
     f.writelines(f'| {key} | {value} |\n' for key, value in told.items())

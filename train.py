@@ -1,12 +1,11 @@
 """
-Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weights; on one device or on many.
+Train a GPT: from scratch, from a checkpoint, or from the published GPT-2 weights; on one device or on many. The last
+line runs on each of two nodes, with its own --node_rank; the address is that of the first.
 
     python train.py config/train_shakespeare_char.py
     python train.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py
-
-The last runs on each of two nodes, with its own --node_rank; the address is that of the first node.
 """
 
 try:
@@ -14,7 +13,6 @@ try:
 except ModuleNotFoundError:  # deleted: everything works without it
     fast = None
 import contextlib
-import functools
 import math
 import os
 
@@ -99,14 +97,9 @@ end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
 if ddp:
-    if device_type == 'cuda':
-        device = f'cuda:{local_rank}'
-        torch.cuda.set_device(device)
-    backend = backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo'
-    join_ranks(backend, device)
+    device, backend = join_ranks(device, backend, local_rank)
 params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
-least = 16 * params // (world_size if shard else 1)
-least += 2 * n_layer * n_embd * batch_size * block_size  # a 16-bit activation a layer is kept
+least = 16 * params // (world_size if shard else 1) + 2 * n_layer * n_embd * batch_size * block_size  # and activations
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
 if init_from in ('scratch', 'auto') and least > (free := free_memory(device)):
     fail(f'n_layer={n_layer}, n_embd={n_embd}, block_size={block_size}, batch_size={batch_size}, eval_iters='
@@ -123,9 +116,9 @@ say(f'device {device}, dtype {dtype}, processes {world_size}')
 # -- 2 data and model: scratch, resume, gpt2 ------------------------------------------------------------------------
 
 bins = Bins(dataset, block_size)
-whole = max_iters * tokens_per_iter
-rest = f'; in all {whole:,}, {whole / len(bins.tokens["train"]):,.2f} times the train part' if not eval_only else ''
-say(f'tokens per iteration will be: {tokens_per_iter:,}{rest}')
+whole = 0 if eval_only else max_iters * tokens_per_iter
+say(f'tokens per iteration will be: {tokens_per_iter:,}'
+    + (f'; in all {whole:,}, {whole / len(bins.tokens["train"]):,.2f} times the train part' if whole else ''))
 if master and not eval_only and init_from != 'resume':
     claim(out_dir)  # if it cannot be written, that should be known before a model is fetched
 iter_num, best_val_loss, stored = 0, math.inf, {}  # iter_num: updates done, so the index of the next one
@@ -149,22 +142,21 @@ if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
     fail(f'dataset={dataset} has {bins.vocab_size} token ids ({bins.tokenizer}), the model {vocab_size}: no match')
 if stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the model of init_from={init_from}, though as many: no match')
-if ddp:  # all ranks must start alike; a sum of norms stands for the weights
-    size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in raw_model.parameters())
-    agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num, 'weights': f'{size:.6g}'})
+if ddp:
+    agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num}, raw_model)
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
 config.update({key: model_args[key] for key in shape})  # a checkpoint or a folder brings its own
 if shard:  # from here on its parameters are DTensors; blocks fetch theirs when they run (FSDP2, Zhao et al. 2023)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    half = dict(param_dtype=number_format, reduce_dtype=torch.float32) if dtype == 'bfloat16' else {}
     mesh = dist.init_device_mesh(device_type, (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=number_format, reduce_dtype=torch.float32)
     for part in (*raw_model.transformer.h, raw_model):
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half))
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
-if device_type == 'cpu' and not eval_only and whole * raw_model.flops_per_token() > 1e15:
+if device_type == 'cpu' and whole * raw_model.flops_per_token() > 1e15:
     say('note: on a CPU this may take many hours; config/train_shakespeare_char_cpu.py has a model for one')
 
 # -- 3 optimizer, fast parts, compile, data parallel ----------------------------------------------------------------
@@ -176,26 +168,21 @@ if resumed:  # moments and steps from the file, hyperparameters from the options
     stored = {'wandb_id': stored.get('wandb_id')}  # its tensors live in model and optimizer now
 if compile:
     try:  # a trial: 1 if it really was compiled, 0 with TORCHDYNAMO_DISABLE=1
-        tried = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device))
-        compile = tried.item() == 1
+        compile = torch.compile(lambda t: t + torch.compiler.is_compiling())(torch.zeros(1, device=device)).item() == 1
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # fast.py swaps in faster parts. flat: whether it made all gradients slices of one tensor (then it averages them, too)
 can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
-if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
-    for block in raw_model.transformer.h:
-        if shard or recompute:  # what these put around a block must stay outside of the compiled code
-            block.forward = torch.compile(block.forward, dynamic=False)
-        else:
-            block.compile(dynamic=False)
+for block in raw_model.transformer.h:
+    if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
+        block.forward = torch.compile(block.forward, dynamic=False)
+    if recompute:  # activation checkpointing (Chen et al. 2016)
+        block.forward = lambda *x, f=block.forward: torch.utils.checkpoint.checkpoint(f, *x, use_reentrant=False)
+if compile:
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
-if recompute:  # activation checkpointing (Chen et al. 2016)
-    for block in raw_model.transformer.h:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-wrapped = ddp and not flat and not shard
-model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if wrapped else raw_model
+model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if ddp and not (flat or shard) else raw_model
 
 # -- 4 one update ---------------------------------------------------------------------------------------------------
 
@@ -223,13 +210,12 @@ def clip_and_step():
         fast.finish_gradients(raw_model)  # separates those of a Linear and the LayerNorm folded into it
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)  # inf: it only measures
-    norm = norm.full_tensor() if shard else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not flat)
     if flat:
         fast.renew_copies(raw_model)  # of the weights, in 16 bits, which the next forward pass reads
-    return norm
+    return norm.full_tensor() if shard else norm
 
 
 # A small kernel takes longer to launch than to run, so small models replay a micro-step, and clip_and_step, as one CUDA
@@ -274,7 +260,6 @@ def lr_at(step):
 
 # -- 5 evaluate, save, stop -----------------------------------------------------------------------------------------
 
-
 def mean_over_ranks(*values):
     """Each value averaged over all processes, as floats; waits for the device."""
     mean = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]) / world_size
@@ -294,9 +279,8 @@ def evaluate():
     for split in ('train', 'val'):
         sums[split] = torch.zeros((), device=device)
         batches = bins.eval_batches(split, count, rows, rank, world_size)
-        # on a terminal, and if it takes long, with a bar
         for x, y, n in tqdm(batches, f'evaluating {split}', -(-count // (rows * world_size)), leave=False, delay=2,
-                            disable=None if master else True):
+                            disable=None if master else True):  # a bar: on a terminal, if it takes long
             with autocast():
                 sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
@@ -304,25 +288,24 @@ def evaluate():
 
 
 def save(name):
-    """Write the whole state of the run to out_dir/name. With a new ckpt.pt, nothing needs last.pt any more."""
-    model_state, optimizer_state = (
-        ckpt.whole(state, keep=master) for state in (dict(raw_model.state_dict()), optimizer.state_dict()))
+    """Write the whole state of the run to out_dir/name."""
+    state = ckpt.whole({'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict()}, keep=master)
     if not master:
         return
     say(f'saving checkpoint to {out_dir}')
-    for group in optimizer_state['param_groups']:
+    for group in state['optimizer']['param_groups']:
         group.update(lr=lr, capturable=False)  # in the file a number, where a CUDA graph needs a tensor
     ckpt.save(os.path.join(out_dir, name), {
-        'model': model_state, 'optimizer': optimizer_state, 'model_args': model_args, 'dtype': dtype,
-        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'gelu': raw_model.config.gelu,
-        'codec': bins.state, 'data': bins.digests, 'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id})
-    if name == 'ckpt.pt':
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out_dir, 'last.pt'))
+        **state, 'model_args': model_args, 'dtype': dtype, 'iter_num': iter_num, 'best_val_loss': best_val_loss,
+        'config': config, 'gelu': raw_model.config.gelu, 'codec': bins.state, 'data': bins.digests,
+        'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id})
 
 
 def leave_together(status=0):
-    """End the process group on all ranks, then the process; with status 0 only under gloo, else this returns."""
+    """End the run, and the process group on all ranks; then the process, with status 0 only under gloo."""
+    log.close()
+    stop.forget()
+    unlock(out_dir)
     if ddp:
         dist.barrier()
         dist.destroy_process_group()
@@ -336,7 +319,6 @@ def check_finite(*losses):
     # float16: the scaler skips such an update and lowers its scale, which is normal while that is at least 1
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
     if bad or scaler.get_scale() < 1 or not all(map(math.isfinite, losses)):
-        log.close()
         at = bad[0] if bad else max(iter_num - 1, 0)
         leave_together(f'iter {at}: gradient norm {norm_at.get(at)}, loss {losses}, lr {lr_at(at):.3e}, loss scale '
                        f'{scaler.get_scale():g}: ended without a save; a lower learning_rate may help' if master else 1)
@@ -346,16 +328,14 @@ def check_finite(*losses):
 
 if nothing_to_do := resumed and iter_num >= max_iters and not eval_only:
     say(f'the checkpoint has done {iter_num} of max_iters={max_iters} updates: nothing to do')
-header = {**versions(), 'config': config, 'torch': torch.__version__, 'dtype': dtype, 'compile': compile,
-          'capture': capture, 'processes': world_size,
-          'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
+header = {**versions(), 'config': config, 'dtype': dtype, 'compile': compile, 'capture': capture,
+          'processes': world_size, 'device': torch.cuda.get_device_name(device) if device_type == 'cuda' else device}
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or nothing_to_do) else None, header,
              resumed_at=iter_num, wandb={'project': wandb_project, 'name': wandb_run_name,
                                          'id': stored.get('wandb_id')} if wandb_log else None)
 stop.listen()
 saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
-raw_model.train()
 
 while not nothing_to_do:  # every end is a break below
     lr = lr_at(iter_num)
@@ -402,7 +382,4 @@ while not nothing_to_do:  # every end is a break below
         say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
         break
 
-log.close()
-stop.forget()
-unlock(out_dir)
 leave_together()

@@ -102,23 +102,31 @@ def launched() -> tuple[bool, int, int, int]:
                     'processes with torchrun'.format_map(os.environ), one_rank=True)
 
 
-def join_ranks(backend: str, device: str) -> None:
-    """Make the process group. All restarts by one torchrun share a store, in which ranks would find those of before
-    (pytorch issue 167288); so on one machine each has a part of its own. Several machines count restarts each for
-    itself: there only torchrun's rendezvous c10d finds together again."""
+def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
+    """Make the process group; returns this rank's device, and the backend that is chosen. All restarts by one torchrun
+    share a store, in which ranks would find those of before (pytorch issue 167288); so on one machine each has a part
+    of its own. Several machines count restarts each for itself: there only the rendezvous c10d finds together again."""
     import torch
     import torch.distributed as dist
     store, rank, processes = next(dist.rendezvous('env://'))
     alone = os.environ.get('GROUP_WORLD_SIZE') == '1'
     store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store) if alone else store
+    if device.startswith('cuda'):
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
                             device_id=torch.device(device) if backend == 'nccl' else None)
+    return device, backend
 
 
-def agreed(what: dict) -> None:
+def agreed(what: dict, model) -> None:
     """All ranks must start alike: DataError on each of them that names the first entry of `what` that differs, options
-    aside that may differ."""
+    aside that may differ, or the weights, for which a sum of norms stands."""
+    import torch
     import torch.distributed as dist
+    size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in model.parameters())
+    what = {**what, 'weights': f'{size:.6g}'}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, what)
     for rank, theirs in enumerate(everyone):
@@ -130,14 +138,15 @@ def agreed(what: dict) -> None:
 
 
 def versions() -> dict:
-    """The Python and, in a git checkout, the commit that are running: for a run's header."""
+    """The Python, the torch and, in a git checkout, the commit that are running: for a run's header."""
+    import torch
     try:
         here = os.path.dirname(os.path.abspath(__file__))
         done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
         commit = done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):  # no git
         commit = None
-    return {'commit': commit, 'python': sys.version.split()[0]}
+    return {'commit': commit, 'python': sys.version.split()[0], 'torch': torch.__version__}
 
 
 def fetched(path: str, url: str, sha256: str) -> bool:

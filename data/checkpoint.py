@@ -19,8 +19,8 @@ SHAPE = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias'
 
 def save(path: str, checkpoint: dict) -> None:
     """
-    Write the dict to `path` so that at any moment the old file or the new one is whole there, and durable on return.
-    Raises DataError if it cannot be written; the old file then stands as it was.
+    Write the dict to `path` so that at any moment the old file or the new one is whole there, and durable on return. A
+    new ckpt.pt then takes away last.pt. Raises DataError if it cannot be written; the old files then stand.
     """
     try:
         with open(path + '.tmp', 'wb') as f:
@@ -44,6 +44,9 @@ def save(path: str, checkpoint: dict) -> None:
         space = 'free some space or ' if getattr(cause, 'errno', None) in FULL else ''
         raise DataError(f'{path} could not be written ({cause}){kept}: {space}choose another --out_dir',
                         one_rank=True) from e
+    if os.path.basename(path) == 'ckpt.pt':
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(os.path.dirname(path), 'last.pt'))
 
 
 def _tensors(value) -> list[torch.Tensor]:

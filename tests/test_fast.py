@@ -297,7 +297,7 @@ def test_gradients_on_cuda_are_as_near_to_float32_as_autocast(bias, compiled):
         assert fast.for_training(net, dtype, compiled, flat=True)
         if compiled:
             for block in net.transformer.h:
-                block.compile(dynamic=False)
+                block.forward = torch.compile(block.forward, dynamic=False)
             net.score = torch.compile(net.score, dynamic=False)
         return net
 
