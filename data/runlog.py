@@ -114,7 +114,7 @@ class RunLog:
                 subprocess.run(['pkill', '-KILL', '-P', str(os.getpid()), '-f', 'wandb-core'])
         if failed:
             self.run = None
-            with contextlib.suppress(Exception):  # or it would complain again when Python ends
+            with contextlib.suppress(Exception, SystemExit):  # or it would complain again when Python ends
                 sys.modules['wandb'].teardown()
             why = f'{type(failed[0]).__name__}: {" ".join(str(failed[0]).split())[:120]}'
             print(f'wandb failed ({why}); the run goes on without it')

@@ -93,7 +93,7 @@ def test_it_times_as_many_tokens_as_the_options_say(bench):
     assert int(rate.replace(',', '')) == pytest.approx(96 / (float(ms) / 1000), rel=0.01)
 
 
-@pytest.mark.parametrize('vocab_size', [7, 50304])
+@pytest.mark.parametrize('vocab_size', [7, pytest.param(50304, marks=pytest.mark.slow)])
 def test_generation(bench, vocab_size):
     out = bench(mode='sample', vocab_size=vocab_size, max_new_tokens=5, prompt_tokens=3, top_k=5, compare=True)
     assert re.search(r'^generate, 2 x 5 tokens: [\d,]+ tok/s, \d+\.\d+ ms a step, \d+\.\d\d s$', out, re.M)

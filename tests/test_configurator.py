@@ -583,7 +583,7 @@ Options, set by --key=value or in a config file:
 '''
 
 
-@pytest.mark.parametrize('name', ['train.py', 'sample.py'])
+@pytest.mark.parametrize('name', ['train.py', pytest.param('sample.py', marks=pytest.mark.slow)])
 def test_help_into_a_pipe_that_closes(name):
     process = subprocess.Popen([sys.executable, '-u', os.path.join(ROOT, name), '--help'], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)

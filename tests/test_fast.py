@@ -499,7 +499,8 @@ def test_ids_are_drawn_at_the_ends_and_from_nan(device):
         test_generate.test_logits_that_are_nan_draw_an_id_all_the_same(V, device, fast.draw_ids)
 
 
-@pytest.mark.parametrize('given, spins', [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7')])
+@pytest.mark.parametrize('given, spins', [
+    ({}, '10000'), pytest.param({'GOMP_SPINCOUNT': '7'}, '7', marks=pytest.mark.slow)])
 def test_threads_soon_stop_spinning(given, spins):
     """The library of threads says at its start what it was told; unless the user says otherwise, that is ours."""
     env = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'}

@@ -637,7 +637,7 @@ def assert_goes_on_as_if_nothing_had_happened(script, options, tmp_path):
     assert [r['loss'] for r in a] == pytest.approx([r['loss'] for r in b], rel=1e-5)
 
 
-@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_ends_the_other(script, options, tmp_path, rank):
     output = str(tmp_path / 'output')
     ranks = start_ranks(2, options(), output, functools.partial(slow_step, 6, 1))

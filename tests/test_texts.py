@@ -30,6 +30,7 @@ def section(path: str, title: str) -> str:
     return re.search(rf'^## {re.escape(title)}\n(.*?)(?=^## |\Z)', read(path), re.DOTALL | re.MULTILINE)[1]
 
 
+@functools.cache
 def names_in(path: str) -> set[str]:
     """What a file defines, methods as Class.method, and every name and attribute that it uses."""
     tree = ast.parse(read(path))
