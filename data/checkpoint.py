@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_map
 
 from data import FULL, NAMES, DataError
 
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias'
-
 
 def save(path: str, checkpoint: dict) -> None:
     """
@@ -179,7 +177,7 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
 def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
     """What a run's options and its data, known by sha256 sums, say otherwise than the checkpoint it resumes, a line
     each; the shape is the file's."""
-    shape = {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
+    shape = _shape(checkpoint, config)
     lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
              for key, value in shape.items() if value != config[key]]
     silent = *shape, 'init_from', 'out_dir', 'eval_only'
@@ -187,6 +185,11 @@ def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
         lines.append(f'resumed on another text: dataset={config["dataset"]} has other sha256 sums than before')
     return lines + [f'resumed with {key}={config[key]}, it was {value}' for key, value in
                     checkpoint.get('config', {}).items() if key not in silent and config.get(key, value) != value]
+
+
+def _shape(checkpoint: dict, config: dict) -> dict:
+    """The options that the checkpoint's weights decide."""
+    return {key: value for key, value in checkpoint['model_args'].items() if key != 'dropout' and key in config}
 
 
 def _other_text(checkpoint: dict, digests: dict) -> bool:
@@ -224,8 +227,10 @@ def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -
     if found is None:
         raise ValueError(f'init_from={config["init_from"]}: no ckpt.pt or last.pt in out_dir={folder}; '
                          f'{earlier(folder)}start with --init_from=scratch')
-    was = {**found.get('config', {}), **found['model_args'], 'dropout': config['dropout']}
-    same = (*SHAPE, 'seed', *['dataset'] * (_other_text(found, digests) or not found.get('data')))  # not its spelling
+    was = {**found.get('config', {}), **_shape(found, config)}
+    same = [*_shape(found, config), 'seed']
+    if _other_text(found, digests) or not found.get('data'):  # a text may have several names
+        same.append('dataset')
     if auto and (other := [key for key in same if was.get(key, config[key]) != config[key]]):
         say(f'out_dir={folder} holds another run ({other[0]}={was[other[0]]}): init_from=auto starts this one anew')
         return {}

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from string import ascii_lowercase as LETTERS
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy as np
 from data import DataError, writing
 
 COLORS = '#1f5fa8', '#c4501b', '#2e8540', '#7b4fa3', '#9a7b00', '#008a8a', '#b03a6e', '#555555'
-LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 
 class Curve(NamedTuple):
