@@ -6,9 +6,11 @@ A run: the folder it owns, and what it says: its times, log.jsonl, loss.png, and
 
 import contextlib
 import datetime
+import glob
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -110,8 +112,7 @@ class RunLog:
         thread.join(PATIENCE[what])
         if thread.is_alive():
             failed.append(TimeoutError(f'no answer for {PATIENCE[what]} s'))
-            with contextlib.suppress(OSError):  # or it would hang again when Python ends
-                subprocess.run(['pkill', '-KILL', '-P', str(os.getpid()), '-f', 'wandb-core'])
+            _kill_child('wandb-core')  # or it would hang again when Python ends
         if failed:
             self.run = None
             with contextlib.suppress(Exception, SystemExit):  # or it would complain again when Python ends
@@ -134,6 +135,17 @@ def _before(path: str, resumed_at: int) -> list[str]:
                 if type(step) is int and (record.get('kind') == 'run' or step < resumed_at):
                     kept.append(line.rstrip('\n') + '\n')
     return kept
+
+
+def _kill_child(name: str) -> None:
+    try:
+        subprocess.run(['pkill', '-KILL', '-P', str(os.getpid()), name])
+    except FileNotFoundError:  # a slim container has none
+        for path in glob.glob('/proc/[0-9]*/stat'):
+            with contextlib.suppress(OSError), open(path) as f:
+                pid, program, _, parent, *_ = f.read().split()
+                if (program, int(parent)) == (f'({name})', os.getpid()):
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def _start_wandb(settings: dict, config: dict):

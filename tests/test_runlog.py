@@ -151,13 +151,14 @@ def test_wandb_that_dies_costs_one_line(path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('pkill'), reason='needs pkill')
-@pytest.mark.parametrize('when', ['while logging', 'at the end'])
+@pytest.mark.parametrize('when', ['while logging', 'at the end', 'where there is no pkill'])
 def test_wandb_that_hangs_costs_one_line(path, tmp_path, when):
     """Its process is stopped; log() blocks when its socket is full, finish() at once."""
     pytest.importorskip('wandb')
     code = WANDB_DIES.replace('log = ', "import data.runlog\ndata.runlog.PATIENCE = {'log': 2, 'finish': 3}\nlog = ", 1)
     code = code.replace('-KILL', '-STOP').replace('time.sleep(0.2)', 'pass')
     code = code.replace('range(1, 4)', 'range(1, 20000)') if when == 'while logging' else code
+    code = code.replace('time.sleep(1)', "os.environ['PATH'] = ''") if 'pkill' in when else code
     began = time.monotonic()
     done = run(sys.executable, '-c', code, str(path), cwd=ROOT, env={**os.environ, 'WANDB_DIR': str(tmp_path)})
     assert done.returncode == 0 and done.stdout.endswith('the end\n'), done.stderr
