@@ -18,6 +18,7 @@ except ImportError:  # Windows
 
 FULL = errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)  # errors that some space would mend
 NAMES = 'ckpt.pt', 'last.pt'  # of checkpoints: best or latest; and whatever is newer than it
+SILENCE = 40  # seconds after which a host of several counts as lost
 _locks = {}  # by path: the open files whose locks this process holds
 
 
@@ -117,7 +118,37 @@ def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
     backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
                             device_id=torch.device(device) if backend == 'nccl' else None)
+    if not alone and local_rank == 0:
+        _watch_hosts(store.clone(), int(os.environ.get('GROUP_RANK', 0)), int(os.environ.get('GROUP_WORLD_SIZE', 1)))
     return device, backend
+
+
+def _watch_hosts(store, this: int, count: int) -> None:
+    """From now on, end this process if another host is silent for SILENCE seconds, its network or power gone: a
+    collective would wait for its timeout, many minutes. torchrun then ends or restarts the others."""
+    silent = dict.fromkeys(range(count), 0)  # seconds, counted here: a process that is stopped does not count
+
+    def exchange():
+        heard = {}
+        with contextlib.suppress(RuntimeError):  # the store's own host is gone: nobody is heard any more
+            while True:
+                store.set(f'host {this}', str(time.time()))
+                for host in range(count):
+                    if (said := store.get(f'host {host}')) != heard.get(host):
+                        heard[host], silent[host] = said, 0
+                time.sleep(SILENCE / 20)
+
+    def wait():
+        while max(silent.values()) < SILENCE:
+            time.sleep(1)
+            for host in silent:
+                silent[host] += 1
+        host = max(silent, key=silent.get)
+        print(f'host {host} has been silent for {SILENCE} s: this one ends, too', file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+    for work in (exchange, wait):
+        threading.Thread(target=work, daemon=True).start()
 
 
 def agreed(what: dict, model) -> None:

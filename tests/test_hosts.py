@@ -58,6 +58,11 @@ def hosts():
             ip('netns', 'del', f'exact-{host}')
 
 
+def link(up: bool) -> None:
+    """The cable of the second host."""
+    subprocess.run(['ip', '-n', 'exact-two', 'link', 'set', 'two-eth', 'up' if up else 'down'], check=True)
+
+
 def children(pid: int) -> list[int]:
     """All processes below one."""
     found = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
@@ -72,27 +77,34 @@ def until(condition, seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_two_hosts_one_of_which_is_killed(hosts, dataset, tmp_path, script):
+@pytest.mark.parametrize('lost', ['killed', 'cut off'])
+def test_two_hosts_one_of_which_is_lost(hosts, dataset, tmp_path, script, lost):
     """The other ends, its checkpoint is whole, and the same command goes on, to the end of a run of one process."""
     options = {**TINY, 'dataset': dataset, 'max_iters': 60, 'eval_interval': 5, 'lr_decay_iters': 60}
     one, two = ([*flags(**options, init_from='auto', out_dir=tmp_path / name)] for name in ('out', 'nothing'))
     path = str(tmp_path / 'out' / 'ckpt.pt')
     first, second = hosts('one', one, str(tmp_path / '1')), hosts('two', two, str(tmp_path / '2'))
     until(lambda: os.path.exists(path))
-    for pid in (*children(second.pid), second.pid):
-        os.kill(pid, signal.SIGKILL)
-    began = time.monotonic()
-    assert first.wait(60) != 0 and time.monotonic() - began < 60
-    assert re.search('Connection (reset|closed) by peer', text(str(tmp_path / '1')))
+    if lost == 'killed':
+        for pid in (*children(second.pid), second.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert first.wait(60) != 0
+        assert re.search('Connection (reset|closed) by peer', text(str(tmp_path / '1')))
+    else:  # without a word to anyone
+        link(False)
+        assert first.wait(60) != 0 and second.wait(60) != 0
+        assert 'host 1 has been silent for 40 s: this one ends, too' in text(str(tmp_path / '1'))
+        assert 'host 0 has been silent for 40 s: this one ends, too' in text(str(tmp_path / '2'))
+        link(True)
     done = latest(tmp_path / 'out')['iter_num']
     assert 0 < done < 60 and not (tmp_path / 'nothing').exists(), 'only the first rank writes'
 
-    # the second host does not see the first one's out_dir: that is said, by itself
-    for host, arguments in (('one', one), ('two', two)):
-        process = hosts(host, arguments, str(tmp_path / host))
-    assert process.wait(60) != 0
-    assert f'rank 1 started with iter_num=0, rank 0 with iter_num={done}: all of them need the same' in text(
-        str(tmp_path / 'two'))
+    if lost == 'killed':  # the second host does not see the first one's out_dir: that is said, by itself
+        for host, arguments in (('one', one), ('two', two)):
+            process = hosts(host, arguments, str(tmp_path / host))
+        assert process.wait(60) != 0
+        assert f'rank 1 started with iter_num=0, rank 0 with iter_num={done}: all of them need the same' in text(
+            str(tmp_path / 'two'))
 
     ended = [hosts(host, one, str(tmp_path / f'{host} again')) for host in ADDRESSES]
     assert [process.wait(60) for process in ended] == [0, 0], text(str(tmp_path / 'one again'))
