@@ -98,14 +98,14 @@ def test_a_run_of_white_space_has_the_ids_of_tiktoken(gpt2, c, end):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('unit, tokens_per_unit', [('lorem ipsum dolor sit amet\n', 9), ('word,', 2)])
-def test_a_document_of_100_mb(gpt2, unit, tokens_per_unit):
+def test_a_document_of_20_mb(gpt2, unit, tokens_per_unit):
     """With spaces, and without any; measured in a process of its own."""
     code = f'''
 import resource, time
 from data.codec import BPECodec
 gpt2 = BPECodec()
 gpt2.encode('a')
-text = {unit!r} * (100_000_000 // {len(unit)})
+text = {unit!r} * (20_000_000 // {len(unit)})
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 n = len(gpt2.encode(text))
 print(n, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -113,10 +113,10 @@ print(n, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).r
     done = run(sys.executable, '-c', code, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     tokens, seconds, kib = map(float, done.stdout.split())
-    assert tokens >= tokens_per_unit * (100_000_000 // len(unit))
-    assert seconds < 120
+    assert tokens >= tokens_per_unit * (20_000_000 // len(unit))
+    assert seconds < 24
     if sys.platform == 'linux':  # elsewhere ru_maxrss has another unit
-        assert kib < 1 << 20, f'{kib / 1024:.0f} MiB for 100 MB of text'
+        assert kib < 1 << 18, f'{kib / 1024:.0f} MiB for 20 MB of text'
 
 
 def test_without_tokenizer_files_and_network(tmp_path):
