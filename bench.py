@@ -52,6 +52,7 @@ n_embd = 768  # channels: the width of the model
 dropout = 0.0  # while training
 shard = False  # as in train.py
 recompute = False  # as in train.py
+deterministic = False  # as in train.py
 gradient_accumulation_steps = 1  # micro-steps of one update, over all processes together
 warmup_steps = 10  # not timed: compilation, caches, clocks
 steps = 20  # timed
@@ -161,7 +162,7 @@ def time_train() -> tuple[float, int]:
             ids = bins.draw(64 * (block_size + 1), seed, 'bench') % 50257
             bins.write(source, codec.BPECodec(), train=[ids], val=[ids])
         names = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'n_layer', 'n_head',
-                 'n_embd', 'dropout', 'gradient_accumulation_steps', 'shard', 'recompute')
+                 'n_embd', 'dropout', 'gradient_accumulation_steps', 'shard', 'recompute', 'deterministic')
         sys.argv = ['train.py', *(f'--{name}={config[name]}' for name in names), f'--dataset={source}',
                     f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}']
         try:

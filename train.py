@@ -66,6 +66,7 @@ compile = True  # torch.compile the model; where that cannot work, training goes
 shard = False  # under torchrun, each rank keeps a part of parameters, gradients and moments: for models that do not fit
 recompute = False  # keep only the inputs of blocks for the backward pass, and compute the rest again: less memory
 seed = 1337  # all that training draws follows from it and the step
+deterministic = False  # on CUDA repeat to the last bit, as a CPU always does; slower
 # applies config files and --key=value; defines config, and what is called below and not imported: need, resolve, ...
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
@@ -80,13 +81,12 @@ shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_siz
 
 need(dataset, 'dataset= is empty: name a folder in data/, or a path to one')
 at_least(1, 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters')
-at_least(0, 'max_iters', 'warmup_iters', 'weight_decay', 'min_lr')
+at_least(0, 'max_iters', 'warmup_iters', 'weight_decay', 'min_lr', 'grad_clip')
 need(0 <= seed < 1 << 63, f'seed={seed} must lie between 0 and 2^63')
 need(gradient_accumulation_steps % world_size == 0,
      f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
 need(0 < learning_rate < math.inf, f'learning_rate={learning_rate} must be finite and above 0')
 need(0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must lie in [0, 1)')
-need(grad_clip >= 0, f'grad_clip={grad_clip} must not be negative; 0.0 is off')
 need(init_from in ('scratch', 'resume', 'auto', *PUBLISHED) or os.path.isfile(os.path.join(init_from, 'config.json')),
      f'init_from={init_from}: choose scratch, resume, auto, {", ".join(PUBLISHED)}, or a folder with config.json')
 need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
@@ -96,8 +96,8 @@ need(not shard or ddp and dtype != 'float16', 'shard=True needs torchrun and ano
 end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
-if ddp:
-    device, backend = join_ranks(device, backend, local_rank)
+os.environ |= {'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'NCCL_ALGO': 'Ring'} if deterministic else {}  # one order of sums
+device, backend = join_ranks(device, backend, local_rank) if ddp else (device, backend)
 params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
 least = 16 * params // (world_size if shard else 1) + 2 * n_layer * n_embd * batch_size * block_size  # and activations
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
@@ -106,7 +106,7 @@ if init_from in ('scratch', 'auto') and least > (free := free_memory(device)):
          f'{eval_iters} take {least / 1e9:,.1f} GB of memory or more, {free / 1e9:,.1f} GB are free: take less')
 torch.manual_seed(seed)  # initial weights; the same on all ranks
 torch.set_float32_matmul_precision('high')  # float32 on CUDA: TF32 matmuls
-torch.use_deterministic_algorithms(device_type == 'cpu')  # a CPU run repeats to the last bit
+torch.use_deterministic_algorithms(deterministic or device_type == 'cpu')  # a CPU run repeats to the last bit
 torch.utils.deterministic.fill_uninitialized_memory = False  # a costly extra of that mode, which nothing here needs
 number_format = getattr(torch, dtype)
 autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device_type, number_format)

@@ -20,7 +20,7 @@ GROUPS = {  # the options of train.py; those of other scripts that are called th
     'model': 'n_layer n_head n_embd block_size dropout bias vocab_size',
     'data and batches': 'dataset batch_size gradient_accumulation_steps real_data',
     'training': 'init_from max_iters learning_rate decay_lr warmup_iters lr_decay_iters min_lr weight_decay beta1 '
-                'beta2 grad_clip seed',
+                'beta2 grad_clip seed deterministic',
     'evaluation, files, logs': 'out_dir eval_interval eval_iters eval_only always_save_checkpoint log_interval '
                                'wandb_log wandb_project wandb_run_name to',
     'system': 'device dtype compile backend shard recompute',

@@ -18,7 +18,7 @@ TRAIN = dict(
     gradient_accumulation_steps=40, batch_size=12, block_size=1024, **GPT2, dropout=0.0, bias=False,
     learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
     warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='auto', device='auto', dtype='auto', compile=True,
-    shard=False, recompute=False, seed=1337)
+    shard=False, recompute=False, seed=1337, deterministic=False)
 SAMPLE = dict(
     init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200,
     top_p=1.0, stop='', stream=False,
@@ -27,7 +27,7 @@ BENCH = dict(
     mode='train', batch_size=12, block_size=1024, bias=False, real_data=True, seed=1337, device='auto', dtype='auto',
     compile=True, profile=False, without='', estimate=False, gpu='H200',
     compare=False, dataset='openwebtext', **GPT2, dropout=0.0,
-    shard=False, recompute=False, gradient_accumulation_steps=1, warmup_steps=10, steps=20,
+    shard=False, recompute=False, deterministic=False, gradient_accumulation_steps=1, warmup_steps=10, steps=20,
     prompt_tokens=16, max_new_tokens=256, top_k=200, vocab_size=50304)
 SCRIPTS = {'train.py': TRAIN, 'sample.py': SAMPLE, 'bench.py': BENCH}
 

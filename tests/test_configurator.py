@@ -662,7 +662,7 @@ def test_scripts_refuse_an_argument(refused, name, argument, message):
     ('--min_lr=-1', 'min_lr=-1.0 must be finite and at least 0'),
     ('--weight_decay=-0.1', 'weight_decay=-0.1 must be finite and at least 0'),
     ('--beta2=1', 'beta1=0.9 and beta2=1.0 must lie in [0, 1)'),
-    ('--grad_clip=-1', 'grad_clip=-1.0 must not be negative; 0.0 is off'),
+    ('--grad_clip=-1', 'grad_clip=-1.0 must be finite and at least 0'),
     ('--n_embd=100', 'n_embd=100 must be a multiple of n_head=12'),
     ('--n_head=0', 'n_head=0 must be at least 1'),
     ('--block_size=0', 'block_size=0 must be at least 1'),

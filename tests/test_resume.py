@@ -16,7 +16,7 @@ import torch
 
 from data import DataError, bins, codec
 from data import checkpoint as ckpt
-from tests.conftest import ROOT, TINY, flags, run
+from tests.conftest import ROOT, TINY, flags, run, torchrun
 from tests.kill_loop import assert_same, ended, latest, records, start, start_ranks, text
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
@@ -459,6 +459,24 @@ def test_compiled_run_resumes_bit_for_bit(dataset, tmp_path):
             assert done.returncode == 0 and 'torch.compile does not work' not in done.stdout, done.stderr
     assert records(tmp_path / 'out', 'run')[-1]['compile'] is True
     assert_same(tmp_path / 'out', tmp_path / 'straight')
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('dtype, compile', [('bfloat16', True), ('bfloat16', False), ('float32', True)])
+def test_deterministic_runs_on_a_gpu_repeat_to_the_last_bit(dataset, tmp_path, dtype, compile, processes):
+    if torch.cuda.device_count() < processes:
+        pytest.skip('needs two GPUs')
+    for folder, stops in (('one', [30]), ('other', [30]), ('stopped', [11, 30])):
+        for stop in stops:
+            words = flags(**{**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / folder, 'device': 'cuda',
+                             'dtype': dtype, 'compile': compile, 'deterministic': True, 'max_iters': stop,
+                             'lr_decay_iters': 30, 'init_from': 'auto'})
+            done = torchrun(processes, 'train.py', *words) if processes > 1 else run('train.py', *words)
+            assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / 'other', tmp_path / 'one')
+    assert_same(tmp_path / 'stopped', tmp_path / 'one')
 
 
 @pytest.mark.slow
