@@ -159,7 +159,10 @@ def agreed(what: dict, model) -> None:
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in model.parameters())
     what = {**what, 'weights': f'{size:.6g}'}
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, what)
+    try:
+        dist.all_gather_object(everyone, what)
+    except RuntimeError as e:
+        raise DataError('another rank ended at the start; it says why', one_rank=True) from e
     for rank, theirs in enumerate(everyone):
         for key, first in everyone[0].items():
             if theirs[key] != first and key not in ('out_dir', 'device', 'dataset') and not key.startswith('wandb_'):

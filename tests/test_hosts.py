@@ -92,7 +92,7 @@ def test_two_hosts_one_of_which_is_lost(hosts, dataset, tmp_path, script, lost):
         assert re.search('Connection (reset|closed) by peer', text(str(tmp_path / '1')))
     else:  # without a word to anyone
         link(False)
-        assert first.wait(60) != 0 and second.wait(60) != 0
+        assert first.wait(90) != 0 and second.wait(90) != 0  # 40 s, and what a busy machine adds
         assert 'host 1 has been silent for 40 s: this one ends, too' in text(str(tmp_path / '1'))
         assert 'host 0 has been silent for 40 s: this one ends, too' in text(str(tmp_path / '2'))
         link(True)
