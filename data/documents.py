@@ -4,8 +4,10 @@ in pieces of some MB and tokenized by all cores. Ids arrive in the order of the 
 """
 
 import codecs
+import contextlib
 import glob
 import gzip
+import itertools
 import json
 import math
 import multiprocessing
@@ -17,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +33,7 @@ class Piece(NamedTuple):
     """Some documents, of which the last may go on in the next piece."""
     path: str
     first: int  # the number of its first document, or line, in the file
-    texts: Any  # list[str]; bytes: lines of JSON; or a pyarrow.Array: rows of a column
+    texts: list[str] | bytes | tuple[int, int, int]  # bytes: lines of JSON; numbers: see _row_ranges()
     count: int  # of documents
     goes_on: bool
     val: np.ndarray | None  # (count,) bool: which are held back
@@ -114,8 +116,9 @@ def _lines(path: str) -> Iterator[tuple[bytes, int, float]]:
         yield b''.join(held), 1, seen
 
 
-def _rows(path: str, field: str) -> Iterator[tuple]:
-    """A column of a parquet file, some rows at a time; how many; how much of the file has been read."""
+@contextlib.contextmanager
+def _parquet(path: str, field: str) -> Iterator:
+    """A parquet file that has a column `field`, open. DataError if it has not, or is none."""
     import pyarrow
     import pyarrow.parquet
     try:
@@ -123,15 +126,39 @@ def _rows(path: str, field: str) -> Iterator[tuple]:
             if field not in file.schema_arrow.names:
                 raise DataError(f'{path} has no column {field}, but {", ".join(file.schema_arrow.names)}: choose one '
                                 'with --field')
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            columns = (group.column(i) for group in groups for i in range(group.num_columns))
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
-            done, n = 0, file.metadata.num_rows
-            for batch in file.iter_batches(max(1, PIECE * n // max(1, size)), columns=[field], use_threads=False):
-                done += len(batch)
-                yield batch.column(0), len(batch), os.path.getsize(path) * done / n
+            yield file
     except (pyarrow.ArrowException, OSError) as e:
         raise DataError(f'{path} cannot be read as parquet ({str(e).splitlines()[0]})') from e
+
+
+def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int] | list, int, float]]:
+    """Parts of a parquet file: row group, first row in it, rows to read at once; or, of a large group, the texts; rows;
+    how much has been read."""
+    with _parquet(path, field) as file:
+        done, all_rows = 0, max(1, file.metadata.num_rows)
+        for g in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(g)
+            columns = map(group.column, range(group.num_columns))
+            size = max(1, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field))
+            large = size > 32 * PIECE  # to find a part, a process has to read those before it
+            step, at_once = (max(1, n * PIECE * group.num_rows // size) for n in (4 if large else 8, 1))
+            parts = range(0, group.num_rows, step)
+            if large:
+                batches = file.iter_batches(step, row_groups=[g], columns=[field], use_threads=False)
+            for start in parts:
+                n = min(step, group.num_rows - start)
+                done += n
+                texts = next(batches).column(0).to_pylist() if large else (g, start, at_once)
+                yield texts, n, os.path.getsize(path) * done / all_rows
+
+
+def _rows(path: str, field: str, group: int, start: int, at_once: int) -> Iterator:
+    """The rows of a row group from `start` on, read where they are tokenized, so many at once."""
+    with _parquet(path, field) as file:
+        for batch in file.iter_batches(at_once, row_groups=[group], columns=[field], use_threads=False):
+            if start < len(batch):
+                yield from batch.column(0).slice(start).to_pylist()
+            start = max(0, start - len(batch))
 
 
 def count_rows(files: list[str]) -> int:
@@ -167,7 +194,7 @@ def pieces(files: list[str], field: str, val: float, is_val: Callable | None, li
     for path in files:
         start = number
         if kind(path) in (LINES, PARQUET):
-            for texts, count, seen in _lines(path) if kind(path) == LINES else _rows(path, field):
+            for texts, count, seen in _lines(path) if kind(path) == LINES else _row_ranges(path, field):
                 count = count if limit is None else min(count, limit - number)
                 if not count:
                     return
@@ -198,10 +225,13 @@ def _in_a_process(given: dict) -> None:
 
 def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
     """Number in the piece and text of each, or of those that are not empty. DataError names what cannot be read."""
-    texts, lines, field = piece.texts, isinstance(piece.texts, bytes), _given['field']
-    texts = texts.split(b'\n') if lines else texts if isinstance(texts, list) else texts.to_pylist()
-    for i, text in enumerate(texts[:piece.count]):
-        if lines:
+    texts, field = piece.texts, _given['field']
+    if isinstance(texts, bytes):
+        texts = texts.split(b'\n')
+    elif isinstance(texts, tuple):
+        texts = _rows(piece.path, field, *texts)
+    for i, text in enumerate(itertools.islice(texts, piece.count)):
+        if isinstance(piece.texts, bytes):
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
