@@ -76,8 +76,7 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> 
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     kernels = (cuda and compiled) or triton_works(device)
-    rows = flat and kernels and not torch.are_deterministic_algorithms_enabled()  # its sums come in any order
-    wanted = {AddingEmbeddings: rows, BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels,
+    wanted = {AddingEmbeddings: flat and kernels, BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels,
               CPUDropout: cpu, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
     # the loss has nothing to be fused with; finding that out would take the compiler seconds
@@ -338,10 +337,10 @@ class EmbedRows(torch.autograd.Function):
 
 
 class AddingEmbeddings(GPT):
-    """GPT, whose embeddings add to their gradients by themselves."""
+    """GPT, whose embeddings add to their gradients by themselves, in any order."""
 
     def embed(self, idx: torch.Tensor, start: int = 0) -> torch.Tensor:
-        if start or idx.size(1) > self.config.block_size:
+        if start or idx.size(1) > self.config.block_size or torch.are_deterministic_algorithms_enabled():
             return super().embed(idx, start)
         parts, dtype = self.transformer, torch.bfloat16 if isinstance(self, BFloat16Stream) else torch.float32
         return parts.drop(EmbedRows.apply(idx, parts.wte.weight, parts.wpe.weight, dtype))
