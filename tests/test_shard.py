@@ -76,7 +76,9 @@ import runpy, sys
 sys.path.insert(0, {root!r})
 def on_step(step, model):
     sizes = [(p.to_local().numel(), p.numel()) for p in model.parameters()]
-    print('of', sum(n for _, n in sizes), 'here', sum(n for n, _ in sizes), flush=True)
+    here, whole = map(sum, zip(*sizes))
+    sys.stdout.write(f'of {{whole}} here {{here}}\\n')  # at once: two ranks write to one pipe
+    sys.stdout.flush()
 sys.argv[0] = {root!r} + '/train.py'
 runpy.run_path(sys.argv[0], init_globals={{'on_step': on_step}}, run_name='__main__')
 """
