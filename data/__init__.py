@@ -110,16 +110,16 @@ def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
     import torch
     import torch.distributed as dist
     store, rank, processes = next(dist.rendezvous('env://'))
-    alone = os.environ.get('GROUP_WORLD_SIZE') == '1'
-    store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store) if alone else store
+    hosts = int(os.environ.get('GROUP_WORLD_SIZE', 0))  # 0: not started by torchrun
+    store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store) if hosts == 1 else store
     if device.startswith('cuda'):
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
                             device_id=torch.device(device) if backend == 'nccl' else None)
-    if not alone and local_rank == 0:
-        _watch_hosts(store.clone(), int(os.environ.get('GROUP_RANK', 0)), int(os.environ.get('GROUP_WORLD_SIZE', 1)))
+    if hosts > 1 and local_rank == 0:
+        _watch_hosts(store.clone(), int(os.environ['GROUP_RANK']), hosts)
     return device, backend
 
 

@@ -144,7 +144,7 @@ def _kill_child(name: str) -> None:
         for path in glob.glob('/proc/[0-9]*/stat'):
             with contextlib.suppress(OSError), open(path) as f:
                 pid, program, _, parent, *_ = f.read().split()
-                if (program, int(parent)) == (f'({name})', os.getpid()):
+                if (program, parent) == (f'({name})', str(os.getpid())):  # no numbers where a name has spaces
                     os.kill(int(pid), signal.SIGKILL)
 
 

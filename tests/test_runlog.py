@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -159,8 +160,12 @@ def test_wandb_that_hangs_costs_one_line(path, tmp_path, when):
     code = code.replace('-KILL', '-STOP').replace('time.sleep(0.2)', 'pass')
     code = code.replace('range(1, 4)', 'range(1, 20000)') if when == 'while logging' else code
     code = code.replace('time.sleep(1)', "os.environ['PATH'] = ''") if 'pkill' in when else code
+    other = tmp_path / 'a name with spaces'  # among the processes of this machine
+    other.write_text('#!/bin/sh\nread line\n')
+    other.chmod(0o755)
     began = time.monotonic()
-    done = run(sys.executable, '-c', code, str(path), cwd=ROOT, env={**os.environ, 'WANDB_DIR': str(tmp_path)})
+    with subprocess.Popen([str(other)], stdin=subprocess.PIPE):
+        done = run(sys.executable, '-c', code, str(path), cwd=ROOT, env={**os.environ, 'WANDB_DIR': str(tmp_path)})
     assert done.returncode == 0 and done.stdout.endswith('the end\n'), done.stderr
     said = f'wandb failed (TimeoutError: no answer for {2 if when == "while logging" else 3} s); the run goes on'
     assert done.stdout.count(said) == done.stdout.count('wandb failed') == 1 and 'Traceback' not in done.stderr
