@@ -247,13 +247,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict[str, torch.Tensor]) -> 'GPT':
-        """A model on the tensors of a state dict (no copies if they are float32). Attention masks are left out, and the
-        prefixes `_orig_mod.` and `module.` of wrapped models. Raises ValueError naming what does not fit."""
+        """A model on the tensors of a state dict (no copies if they are float32). Attention masks, LayerNorms listed
+        twice, and prefixes `_orig_mod.` and `module.` are left out. Raises ValueError naming what does not fit."""
         with torch.device('meta'):  # names and shapes, but no memory
             model = cls(config)
         own = model.state_dict()
         state = {k.replace('_orig_mod.', '').removeprefix('module.'): v for k, v in state.items() if hasattr(v, 'ndim')}
-        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}  # the masks
+        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias', '.norm.weight'))}
         if 'transformer.wte.weight' in state:  # some writers leave the tied matrix out
             state.setdefault('lm_head.weight', state['transformer.wte.weight'])
         problems = [f'{k} is missing' for k in own if k not in state]

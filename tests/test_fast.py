@@ -16,6 +16,7 @@ from torch import nn
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache
 from tests import test_generate
 from tests.conftest import ROOT, TINY, flags, run
+from tests.kill_loop import latest
 from tests.test_generate import BLOCK, GREEDY, TOP_K, TOP_P, assert_the_same_tokens, gpt, trained  # noqa: F401
 from tests.test_model import SMALL, ids, small
 from tests.test_train import out_dir, records, train  # noqa: F401
@@ -255,9 +256,12 @@ def test_train_py_with_one_tensor_of_gradients_trains_alike(train, out_dir, monk
     runs = []
     for flat in (False, True):
         added = []
-        done = train(compile=compile, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, max_iters=6, log_interval=1)
+        options = dict(compile=compile, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, log_interval=1)
+        done = train(**options, max_iters=6)
         assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * flat
         norms = [r['norm'] for r in records(out_dir, 'train')]
+        assert latest(out_dir)['model'].keys() == GPT(done.names['raw_model'].config).state_dict().keys()
+        assert train(**options, init_from='resume', max_iters=7).code == 0
         runs.append((norms, {k: p.detach() for k, p in done.names['raw_model'].named_parameters()}))
         monkeypatch.setattr(fast, 'for_training', for_training)
     (norms, wanted), (others, ours) = runs

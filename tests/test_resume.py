@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -461,22 +462,44 @@ def test_compiled_run_resumes_bit_for_bit(dataset, tmp_path):
     assert_same(tmp_path / 'out', tmp_path / 'straight')
 
 
+SHAPES = {
+    'shakespeare': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=200),
+    '124M': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, max_iters=20, dropout=0.0),
+    'tiny': dict(dtype='float32', compile=False, max_iters=30)}
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-@pytest.mark.parametrize('dtype, compile', [('bfloat16', True), ('bfloat16', False), ('float32', True)])
-def test_deterministic_runs_on_a_gpu_repeat_to_the_last_bit(dataset, tmp_path, dtype, compile, processes):
+@pytest.mark.parametrize('shape', SHAPES)
+def test_deterministic_runs_on_a_gpu_repeat_to_the_last_bit(tmp_path, shape, processes):
+    """Two runs, and one that stops and resumes; their losses are those of losses.json, which STORE_LOSSES=1 adds to."""
     if torch.cuda.device_count() < processes:
         pytest.skip('needs two GPUs')
-    for folder, stops in (('one', [30]), ('other', [30]), ('stopped', [11, 30])):
+    tokens = codec.BPECodec() if shape == '124M' else codec.CharCodec(string.printable[:65])
+    ids = (bins.draw(1 << 20, 1, 'ids') >> 32) ** 2 % tokens.vocab_size  # squares: a few of them are more frequent
+    bins.write(str(tmp_path / 'data'), tokens, train=[ids], val=[ids[:1 << 17]])
+    words = {**OPTIONS, 'dataset': tmp_path / 'data', 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True,
+             **SHAPES[shape], 'deterministic': True, 'eval_interval': 1000, 'init_from': 'auto'}
+    for folder, stops in (('one', [1]), ('other', [1]), ('stopped', [0.4, 1])):
         for stop in stops:
-            words = flags(**{**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / folder, 'device': 'cuda',
-                             'dtype': dtype, 'compile': compile, 'deterministic': True, 'max_iters': stop,
-                             'lr_decay_iters': 30, 'init_from': 'auto'})
-            done = torchrun(processes, 'train.py', *words) if processes > 1 else run('train.py', *words)
+            options = {**words, 'out_dir': tmp_path / folder, 'max_iters': int(stop * words['max_iters'])}
+            options = 'train.py', *flags(**{**options, 'lr_decay_iters': words['max_iters']})
+            done = torchrun(processes, *options) if processes > 1 else run(*options)
             assert done.returncode == 0, done.stderr
     assert_same(tmp_path / 'other', tmp_path / 'one')
     assert_same(tmp_path / 'stopped', tmp_path / 'one')
+    losses = [record['loss'] for record in records(tmp_path / 'one')][::words['max_iters'] // 10]
+    key = f'{shape}, {processes} x {torch.cuda.get_device_name()}, torch {torch.__version__}'
+    with open(os.path.join(ROOT, 'tests', 'losses.json'), encoding='utf-8') as f:
+        stored = json.load(f)
+    if os.environ.get('STORE_LOSSES') == '1':
+        with open(f.name, 'w', encoding='utf-8') as f:
+            json.dump({**stored, key: losses}, f, indent=1)
+    elif key not in stored:
+        pytest.skip(f'the runs are equal, but losses.json has none of {key}')
+    else:
+        assert losses == stored[key]
 
 
 @pytest.mark.slow
