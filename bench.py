@@ -6,7 +6,7 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
     python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
     python bench.py --mode=sample --batch_size=1          tokens per second of generation
     python bench.py --without=FusedLoss,CPUDropout        without these parts of fast.py; --without=fast: without all
-    python bench.py --estimate=True --gpu=H100            what a shape would take on 1, 8 and 64 of them; runs nothing
+    python bench.py --estimate=True --gpu=H100            what a shape would take on 1, 2, 8, 64 of them; runs nothing
     torchrun --standalone --nproc_per_node=8 bench.py --real_data=False --gradient_accumulation_steps=8      scaling
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU
 """
@@ -42,7 +42,7 @@ dtype = 'auto'  # float32, bfloat16, float16; auto: as train.py
 compile = True  # in mode=sample: of a decoding step
 profile = False  # print where the time goes, write a trace for ui.perfetto.dev
 without = ''  # parts of fast.py to leave out, by name and separated by commas
-estimate = False  # print memory and time on 1, 8 and 64 GPUs, by the formulas of estimate_gpus()
+estimate = False  # print memory and time on 1, 2, 8 and 64 GPUs, by the formulas of estimate_gpus()
 gpu = 'H200'  # with estimate=True: a kind, by the names in GPUS
 compare = False  # time plain code beside it: transformers' GPT-2; in mode=sample also a loop without a cache
 dataset = 'openwebtext'  # with real_data: a folder in data/, or a path to one
@@ -195,7 +195,7 @@ def time_alone() -> float | None:
 
 def estimate_gpus() -> None:
     """
-    Print what an update would take on 1, 8 and 64 GPUs: memory of each, time. Each GPU does its share of the
+    Print what an update would take on 1, 2, 8 and 64 GPUs: memory of each, time. Each GPU does its share of the
     micro-steps, but at least one. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
     compiled, with fast.py and no dropout.
 
@@ -216,7 +216,7 @@ def estimate_gpus() -> None:
     token *= 4 / 3 if recompute else 1
     kept = 2 * wide + 28 * n_embd if recompute else 28 * wide
     print(f'{gpu}, {N / 1e6:.1f}M parameters, micro-steps of {batch_size} x {block_size}')
-    for n in (1, 8, 64):
+    for n in (1, 2, 8, 64):
         micro_steps = max(1, gradient_accumulation_steps // n)
         memory = 18 * N / (n if shard else 1) + tokens * (kept + 2 * vocab)
         work = micro_steps * tokens * token + 92e-12 * N / (n if shard else 1) / bandwidth

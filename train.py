@@ -66,7 +66,7 @@ compile = True  # torch.compile the model; where that cannot work, training goes
 shard = False  # under torchrun, each rank keeps a part of parameters, gradients and moments: for models that do not fit
 recompute = False  # keep only the inputs of blocks for the backward pass, and compute the rest again: less memory
 seed = 1337  # all that training draws follows from it and the step
-deterministic = False  # on CUDA, too, sums in one order, so that a run repeats to the last bit; not tried on a GPU yet
+deterministic = False  # on CUDA, too, sums in one order, so that a run repeats to the last bit; slower there
 # applies config files and --key=value; defines config, and what is called below and not imported: need, resolve, ...
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), 'configurator.py'), encoding='utf-8').read())
 on_step = globals().get('on_step', lambda step, model: None)  # bench.py and tests pass their own, to watch a run
@@ -151,9 +151,8 @@ config.update({key: model_args[key] for key in shape})  # a checkpoint or a fold
 if shard:  # from here on its parameters are DTensors; blocks fetch theirs when they run (FSDP2, Zhao et al. 2023)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device_type, (world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=number_format, reduce_dtype=torch.float32)
     for part in (*raw_model.transformer.h, raw_model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(number_format, reduce_dtype=torch.float32))
 raw_model.to(device)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 if device_type == 'cpu' and whole * raw_model.flops_per_token() > 1e15:
@@ -182,6 +181,7 @@ for block in raw_model.transformer.h:
         block.forward = lambda *x, f=block.forward: torch.utils.checkpoint.checkpoint(f, *x, use_reentrant=False)
 if compile:
     raw_model.score = torch.compile(raw_model.score, dynamic=False)
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block in two, each with random numbers of its own
 model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if ddp and not (flat or shard) else raw_model
 
 # -- 4 one update ---------------------------------------------------------------------------------------------------

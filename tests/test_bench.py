@@ -52,16 +52,19 @@ def test_under_torchrun_one_process_speaks_for_all(tmp_path):
     assert float(share) == pytest.approx(max(0, 100 - 100 * float(alone) / float(ms)), abs=0.1)
 
 
+XL, GPT_7B = dict(n_layer=48, n_head=25, n_embd=1600), dict(n_layer=32, n_head=32, n_embd=4096)
+
+
 def test_estimates_of_what_does_not_fit(bench, capsys):
-    shape = dict(n_layer=32, n_head=32, n_embd=4096, block_size=1024, batch_size=4, gradient_accumulation_steps=64)
+    shape = dict(**GPT_7B, block_size=1024, batch_size=4, gradient_accumulation_steps=64)
     said = []
     for options in ({}, dict(shard=True), dict(shard=True, recompute=True)):
         with pytest.raises(SystemExit):
             bench(estimate=True, gpu='H100', **shape, **options)
         found = re.findall(r'micro-steps: ([\d.]+) GiB each( \(more than there is\))?', capsys.readouterr().out)
         said.append([(float(gib), bool(more)) for gib, more in found])
-    assert [more for _, more in said[0]] == [True] * 3 and [more for _, more in said[2]] == [True, False, False]
-    assert said[1][2] < said[1][1] < said[1][0] == said[0][0] and said[2][1] < said[1][1]
+    assert [more for _, more in said[0]] == [True] * 4 and [more for _, more in said[2]] == [True] + [False] * 3
+    assert said[1][3] < said[1][2] < said[1][1] < said[1][0] == said[0][0] and said[2][2] < said[1][2]
 
 
 @pytest.mark.parametrize('shape, gpu, gib, ms', [  # as tests/README.md has them; GiB of 350M are of an older commit
@@ -70,17 +73,25 @@ def test_estimates_of_what_does_not_fit(bench, capsys):
     (dict(batch_size=240, gradient_accumulation_steps=2), 'H200', 85.5, 814.0),
     (dict(batch_size=12, gradient_accumulation_steps=1), 'H200', 6.4, 24.02),
     (dict(batch_size=60, gradient_accumulation_steps=8), 'H100', 23.0, 919.4),
-    (dict(batch_size=32, gradient_accumulation_steps=4, n_layer=48, n_head=25, n_embd=1600), 'H200', 104.8, 2419.3),
-    (dict(batch_size=128, gradient_accumulation_steps=4, n_layer=24, n_head=16, n_embd=1024), 'H200', None, 2296.4)])
+    (dict(batch_size=32, gradient_accumulation_steps=4, **XL), 'H200', 104.8, 2419.3),
+    (dict(batch_size=128, gradient_accumulation_steps=4, n_layer=24, n_head=16, n_embd=1024), 'H200', None, 2296.4),
+    (dict(batch_size=12, gradient_accumulation_steps=2, processes=2), 'H200', 6.4, 25.28),
+    (dict(batch_size=12, gradient_accumulation_steps=40, processes=2), 'H200', 6.4, 432.9),
+    (dict(batch_size=16, gradient_accumulation_steps=4, processes=2, **XL), 'H200', 60.9, 637.4),
+    (dict(batch_size=16, gradient_accumulation_steps=4, processes=2, shard=True, **XL), 'H200', 51.4, 686.8),
+    (dict(batch_size=4, gradient_accumulation_steps=4, processes=2, shard=True, recompute=True, **GPT_7B), 'H200', 53.6,
+     936.6)])
 def test_estimates_are_near_what_was_measured(bench, capsys, shape, gpu, gib, ms):
+    shape = dict(shape)
+    processes = shape.pop('processes', 1)
     with pytest.raises(SystemExit) as ended:
         bench(estimate=True, gpu=gpu, block_size=1024, **{'n_layer': 12, 'n_head': 12, 'n_embd': 768, **shape})
     assert not ended.value.code
     out = capsys.readouterr().out
     lines = re.findall(r'^ *(\d+) x (\d+) micro-steps: ([\d.]+) GiB each.*?, ([\d.]+) ms an update', out, re.M)
     steps = shape['gradient_accumulation_steps']
-    assert [(int(n), int(m)) for n, m, *_ in lines] == [(1, steps), (8, max(1, steps // 8)), (64, 1)]
-    memory, dt = lines[0][2:]
+    assert [(int(n), int(m)) for n, m, *_ in lines] == [(n, max(1, steps // n)) for n in (1, 2, 8, 64)]
+    memory, dt = lines[processes - 1][2:]
     assert gib is None or float(memory) == pytest.approx(gib, rel=0.1)
     assert float(dt) == pytest.approx(ms, rel=0.15)
     assert 'tok/s, of' not in out and 'TFLOP/s' not in out, 'nothing is measured'
