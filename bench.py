@@ -26,7 +26,8 @@ import time
 
 import torch
 
-from data import bins, codec, launched, leave
+from data import bins, codec, leave
+from data.ranks import launched
 from model import PEAK_TFLOPS, GPT, GPTConfig, sample_ids
 
 # -- options --------------------------------------------------------------------------------------------------------

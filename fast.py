@@ -1,6 +1,6 @@
 """
-Speed, and nothing else. Delete this file and every script still runs, on model.py alone, equal but for rounding (and,
-on a CPU, which elements dropout drops). Delete it before you change model.py: parts below repeat code from there.
+Speed, and nothing else. Delete this file and every script still runs, on model.py alone, equal but for rounding and
+for which elements dropout drops. Delete it before you change model.py: parts below repeat code from there.
 Every class names its plain twin, mostly its base class, and a test compares the two.
 
 The scripts import it before torch and use these entry points; model.py knows nothing of it:

@@ -22,9 +22,9 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import checkpoint as ckpt
-from data import Stop, agreed, codec, join_ranks, launched, leave, unlock, versions
+from data import checkpoint as ckpt, codec, leave, unlock, versions
 from data.bins import Bins, draw
+from data.ranks import Stop, agreed, join_ranks, launched
 from data.runlog import RunLog, Stopwatch, claim
 from model import GPT, PUBLISHED, GPTConfig
 

@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import DataError, launched
+from data import DataError
+from data.ranks import launched
 from model import GPTConfig
 from tests.conftest import ROOT
 
