@@ -124,7 +124,7 @@ if master and not eval_only and init_from != 'resume':
 iter_num, best_val_loss, stored = 0, math.inf, {}  # iter_num: updates done, so the index of the next one
 try:
     if init_from in ('resume', 'auto'):
-        stored = ckpt.to_resume(out_dir, config, bins.digests, say)
+        stored = ckpt.to_resume(out_dir, config, bins.digests, say, mmap=shard or device_type != 'cpu')
     if resumed := bool(stored):
         raw_model = GPT.from_checkpoint(stored, dropout=dropout)
         iter_num, best_val_loss = stored['iter_num'], float(stored.get('best_val_loss', math.inf))

@@ -146,9 +146,9 @@ def _paths(folder: str) -> list[str]:
     return [path for path in (os.path.join(folder, name) for name in NAMES) if os.path.lexists(path)]
 
 
-def newest(folder: str) -> dict | None:
+def newest(folder: str, mmap: bool = False) -> dict | None:
     """The checkpoint in an out_dir that is further on, or None. Raises DataError if one is damaged."""
-    found = {path: load(path) for path in _paths(folder)}
+    found = {path: load(path, mmap) for path in _paths(folder)}
     if path := next((path for path, checkpoint in found.items() if 'iter_num' not in checkpoint), None):
         raise DataError(f'{path} has no iter_num: sample.py can use it, but no run can go on from it')
     return max(found.values(), key=lambda checkpoint: checkpoint['iter_num'], default=None)
@@ -214,13 +214,14 @@ def to_sample(folder: str) -> tuple[str, dict]:
     return paths[0], load(paths[0], mmap=True)
 
 
-def to_resume(folder: str, config: dict, digests: dict, say: Callable = print) -> dict:
+def to_resume(folder: str, config: dict, digests: dict, say: Callable = print, mmap: bool = False) -> dict:
     """
     The checkpoint of an out_dir that is further on, for a run with the options `config` on data with these sha256 sums;
-    `say` gets a line for each difference. With init_from=auto it is empty if there is none, or that of another run: of
-    another shape, seed or text. Raises ValueError if they do not go together, or DataError if a file is damaged.
+    `say` gets a line for each difference; mmap: as for load(). With init_from=auto it is empty if there is none, or
+    that of another run: of another shape, seed or text. Raises ValueError if they do not go together, or DataError if
+    a file is damaged.
     """
-    found, wanted = newest(folder), config['block_size']
+    found, wanted = newest(folder, mmap), config['block_size']
     auto = config['init_from'] == 'auto' and not config['eval_only']  # nobody wants to evaluate a fresh model
     if found is None and auto:
         return {}
