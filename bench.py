@@ -73,8 +73,8 @@ for name in filter(None, without.split(',')):
     need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py has none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
-GPUS = {'A100': (2.0, 80), 'H100': (3.35, 80), 'H200': (4.8, 141), 'B200': (8.0, 180), 'L40S': (0.86, 48),
-        'RTX 4090': (1.01, 24)}  # TB/s, GB: memory, by their datasheets
+GPUS = {'A100': (2.0, 80, 200), 'H100': (3.35, 80, 300), 'H200': (4.8, 141, 300), 'B200': (8.0, 180, 600),
+        'L40S': (0.86, 48, 20), 'RTX 4090': (1.01, 24, 20)}  # TB/s, GB: memory, by their datasheets; GB/s to another
 need(gpu in GPUS, f'gpu={gpu}: choose {", ".join(GPUS)}')
 where, number_format = resolve(device, dtype)
 end_if_wrong()
@@ -189,15 +189,17 @@ def time_alone() -> float | None:
     env = {key: value for key, value in os.environ.items() if 'RANK' not in key and 'TORCHELASTIC' not in key}
     share = f'--gradient_accumulation_steps={gradient_accumulation_steps // world_size}'
     command = [sys.executable, *sys.argv, share, '--shard=False', '--profile=False', '--compare=False']
-    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE)
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
     found = re.search(r'time per iteration: ([\d.]+)ms', done.stdout)
+    if not found:  # where a model needs sharding, it does not fit
+        print('one process alone cannot do it:', *done.stderr.strip().splitlines()[-1:])
     return float(found[1]) / 1e3 if found else None
 
 
 def estimate_gpus() -> None:
     """
     Print what an update would take on 1, 2, 8 and 64 GPUs: memory of each, time. Each GPU does its share of the
-    micro-steps, but at least one. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
+    micro-steps, rounded up. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
     compiled, with fast.py and no dropout.
 
     memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; a share of
@@ -206,22 +208,22 @@ def estimate_gpus() -> None:
     compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on
                H200s; a third more with recompute=True
     optimizer  92 N bytes of memory traffic an update, fitted too
-    exchange   8 N (n - 1) / n bytes, a ring, at 300 GB/s between the GPUs of a host, at 40 GB/s between hosts of 8;
-               with shard=True in every micro-step
+    exchange   8 N (n - 1) / n bytes, a ring, in GPUS between those of a host (two thirds of NVLink, or PCIe 4), at
+               40 GB/s between hosts of 8; with shard=True in every micro-step. Checked on H100s and H200s
     """
     vocab, tokens, wide = 50304, batch_size * block_size, n_layer * n_embd
     with torch.device('meta'):
         model = GPT(GPTConfig(**gpt2, vocab_size=vocab))
-    N, (bandwidth, size) = model.get_num_params(non_embedding=False), GPUS[gpu]
+    N, (bandwidth, size, link) = model.get_num_params(non_embedding=False), GPUS[gpu]
     token = model.flops_per_token() / (0.707e12 * PEAK_TFLOPS[gpu]) + 235e-12 * wide / bandwidth
     token *= 4 / 3 if recompute else 1
     kept = 2 * wide + 28 * n_embd if recompute else 28 * wide
     print(f'{gpu}, {N / 1e6:.1f}M parameters, micro-steps of {batch_size} x {block_size}')
     for n in (1, 2, 8, 64):
-        micro_steps = max(1, gradient_accumulation_steps // n)
+        micro_steps = -(-gradient_accumulation_steps // n)
         memory = 18 * N / (n if shard else 1) + tokens * (kept + 2 * vocab)
         work = micro_steps * tokens * token + 92e-12 * N / (n if shard else 1) / bandwidth
-        dt = work + (micro_steps if shard else 1) * 8 * N * (n - 1) / n / (300e9 if n <= 8 else 40e9)
+        dt = work + (micro_steps if shard else 1) * 8 * N * (n - 1) / n / (link if n <= 8 else min(link, 40)) / 1e9
         print(f'{n:2} x {micro_steps} micro-steps: {memory / 2 ** 30:.1f} GiB each'
               f'{"" if memory < 0.95e9 * size else " (more than there is)"}, {dt * 1e3:.1f} ms an update, '
               f'{n * micro_steps * tokens / dt:,.0f} tok/s, exchange {1 - work / dt:.1%}')
@@ -325,7 +327,8 @@ else:
     ours, trained_vocab = time_train()
     if alone:
         print(f'one process with its share takes {alone * 1000:.4f}ms: {world_size} do {world_size * alone / ours:.2f} '
-              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication and waiting')
+              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication and waiting'
+              + shard * ', and what sharded runs lack: one tensor of gradients, CUDA graphs')
     if compare:
         plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '

@@ -92,7 +92,7 @@ need(init_from in ('scratch', 'resume', 'auto', *PUBLISHED) or os.path.isfile(os
 need(backend in ('auto', 'nccl', 'gloo', 'mpi', 'xccl'), f'backend={backend}: choose auto, nccl or gloo')
 note_mistakes(GPTConfig, **shape)
 device, dtype = resolve(device, dtype)
-need(not shard or ddp and dtype != 'float16', 'shard=True needs torchrun and another dtype than float16')
+need(not shard or ddp and dtype != 'float16', f'shard=True needs torchrun, and bfloat16 or float32 (dtype={dtype})')
 end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
@@ -143,7 +143,7 @@ if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
 if stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the model of init_from={init_from}, though as many: no match')
 if ddp:
-    agreed({**config, 'dtype': dtype, 'data': bins.digests, 'iter_num': iter_num}, raw_model)
+    agreed({**config, 'dtype': dtype, 'iter_num': iter_num}, bins.digests, raw_model)
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
@@ -302,7 +302,7 @@ def save(name):
 
 
 def leave_together(status=0):
-    """End the run, and the process group on all ranks; then the process, with status 0 only under gloo."""
+    """End the run, and the process group on all ranks. With status 0 it returns, but under gloo the process ends."""
     log.close()
     stop.forget()
     unlock(out_dir)

@@ -201,8 +201,9 @@ class Bins:
         if head.startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or (len(every_second) > 16 and not every_second.any()):
             raise DataError(f'{path} does not look like uint16 token ids: int32 or int64, or with a header? Write them '
                             'by numpy.array(ids, numpy.uint16).tofile(...), or by data.bins.write')
-        some = ((file.seek(at), file.read(128))[1] for at in range(0, size, 1 + size // 64))  # if bins.json has none
-        self.digests[split] = entry['sha256'] or f'sampled {size} {hashlib.sha256(b"".join(some)).hexdigest()}'
+        some = ((file.seek(at), file.read(128))[1] for at in range(0, size, 1 + size // 64))
+        sampled = f'sampled {size} {hashlib.sha256(b"".join(some)).hexdigest()}'  # bins.json may come and go
+        self.digests |= {split: entry['sha256'] or sampled, f'{split} sampled': sampled}
         tokens = np.memmap(file, DTYPES[index['dtype']], 'r')
         if entry['sha256'] and size <= HASHED_AT_OPEN and hashlib.sha256(tokens).hexdigest() != entry['sha256']:
             raise DataError(f'{path} is not the file that bins.json describes (sha256 differs): {self.mend}')

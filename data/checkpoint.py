@@ -245,19 +245,15 @@ def to_resume(folder: str, config: dict, digests: dict, say: Callable = print, m
     return found
 
 
-def whole(tree, keep: bool):
-    """A state dict whose DTensors, of a sharded run, are gathered on the CPU of ranks that `keep` them, tied ones once;
-    all ranks must call this."""
-    gathered = {}
-
+def whole(state: dict, keep: bool) -> dict:
+    """The state of model and optimizer; of a sharded run its DTensors are gathered, on the CPU of ranks that `keep`
+    them; all ranks must call this."""
     def gather(t):
-        if not hasattr(t, 'full_tensor'):
-            return t
-        if (place := t.to_local().data_ptr()) not in gathered:
-            full = t.full_tensor()
-            gathered[place] = full.cpu() if keep else None
-        return gathered[place]
-    return tree_map(gather, tree)
+        full = t.full_tensor() if hasattr(t, 'full_tensor') else t  # one at a time, and only one copy on the device
+        return full if full is t else full.cpu() if keep else None
+    state = tree_map(gather, state)
+    state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied: one tensor in the file, too
+    return state
 
 
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:

@@ -36,8 +36,8 @@ def launched() -> tuple[bool, int, int, int]:
 
 def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
     """Make the process group; returns this rank's device, and the backend that is chosen. All restarts by one torchrun
-    share a store, in which ranks would find those of before (pytorch issue 167288); so on one machine each has a part
-    of its own. Several machines count restarts each for itself: there only the rendezvous c10d finds together again."""
+    share a store, in which ranks would find the addresses of before (pytorch issue 167288); so on one machine each
+    restart uses a part of it. Several machines count restarts each for itself; see config/README.md for them."""
     import torch
     import torch.distributed as dist
     store, rank, processes = next(dist.rendezvous('env://'))
@@ -65,7 +65,7 @@ def _watch_hosts(store, this: int, count: int) -> None:
             while True:
                 store.set(f'host {this}', str(time.time()))
                 for host in range(count):
-                    if (said := store.get(f'host {host}')) != heard.get(host):
+                    if store.check([f'host {host}']) and (said := store.get(f'host {host}')) != heard.get(host):
                         heard[host], silent[host] = said, 0
                 time.sleep(SILENCE / 20)
 
@@ -82,13 +82,13 @@ def _watch_hosts(store, this: int, count: int) -> None:
         threading.Thread(target=work, daemon=True).start()
 
 
-def agreed(what: dict, model) -> None:
-    """All ranks must start alike: DataError on each of them that names the first entry of `what` that differs, options
-    aside that may differ, or the weights, for which a sum of norms stands."""
+def agreed(what: dict, digests: dict, model) -> None:
+    """All ranks must start alike: DataError on each of them that names what differs first: a file of the
+    dataset, an entry of `what` other than out_dir, device, dataset and wandb_*, or the weights' sum of norms."""
     import torch
     import torch.distributed as dist
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in model.parameters())
-    what = {**what, 'weights': f'{size:.6g}'}
+    what = {**{f'{split}.bin': digest for split, digest in digests.items()}, **what, 'weights': f'{size:.6g}'}
     everyone = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(everyone, what)

@@ -448,18 +448,19 @@ def own_place(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('other', ['data', 'iter_num', 'weights'])
+@pytest.mark.parametrize('other', ['train.bin', 'val.bin', 'iter_num', 'weights'])
 def test_ranks_with_other_files_are_one_line(options, tmp_path, dataset, other):
     output, chars = str(tmp_path / 'output'), codec.read_meta(os.path.join(dataset, 'meta.pkl'))
     for host in '01':
         folder = shutil.copytree(dataset, tmp_path / host / 'words')
-        if other == 'data' and host == '1':
-            ids = np.fromfile(folder / 'train.bin', '<u2')
-            bins.write(str(folder), chars, train=[ids[::-1]], val=[ids[:500]])
+        if host == '1' and other.endswith('bin'):
+            ids = {name: np.fromfile(folder / name, '<u2') for name in ('train.bin', 'val.bin')}
+            ids[other] = ids[other][::-1]
+            bins.write(str(folder), chars, train=[ids['train.bin']], val=[ids['val.bin']])
         seed, ends = (8, 8) if host == '0' else (9, 8) if other == 'weights' else (8, 4)
         started = options(dataset=folder, out_dir=tmp_path / host / 'out', seed=seed, max_iters=ends)
-        assert other == 'data' or ended(start(started, output)) == 0
-    init_from = 'scratch' if other == 'data' else 'resume'
+        assert other.endswith('bin') or ended(start(started, output)) == 0
+    init_from = 'scratch' if other.endswith('bin') else 'resume'
     ranks = start_ranks(2, options(dataset='words', out_dir='out', init_from=init_from, seed=8), output,
                         setup=functools.partial(own_place, str(tmp_path)))
     assert [ended(rank) for rank in ranks] == [2, 2], text(f'{output}.0.err') + text(f'{output}.1.err')

@@ -1,9 +1,11 @@
 """Two hosts on one machine: network namespaces, each with an address of its own."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT, TINY, flags
-from tests.kill_loop import latest, text
+from tests.kill_loop import latest, records, text
 from tests.test_shard import distance
 
 ADDRESSES = {'one': '10.77.0.1', 'two': '10.77.0.2'}
@@ -110,4 +112,36 @@ def test_two_hosts_one_of_which_is_lost(hosts, dataset, tmp_path, script, lost):
     assert [process.wait(60) for process in ended] == [0, 0], text(str(tmp_path / 'one again'))
     script('train.py', *flags(**options, out_dir=tmp_path / 'straight'))
     assert latest(tmp_path / 'out')['iter_num'] == 60
+    assert distance(latest(tmp_path / 'out'), latest(tmp_path / 'straight')) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_two_hosts_restart(dataset, tmp_path, script, killed):
+    """By the command in config/README.md, two launchers on one machine: a rank is killed, both go on by themselves."""
+    options = {**TINY, 'dataset': dataset, 'max_iters': 400, 'eval_interval': 20, 'lr_decay_iters': 400}
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2', '--rdzv_backend=c10d',
+              f'--rdzv_endpoint={endpoint}', '--max-restarts=3', os.path.join(ROOT, 'train.py')]
+    env = {**os.environ, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+    hosts = []
+    try:
+        for name in '01':
+            with open(tmp_path / name, 'w') as out:
+                hosts.append(subprocess.Popen([*launch, *flags(**options, init_from='auto', out_dir=tmp_path / 'out')],
+                                              env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True))
+        until(lambda: os.path.exists(tmp_path / 'out' / 'ckpt.pt'))
+        os.kill(children(hosts[killed].pid)[0], signal.SIGKILL)
+        assert [host.wait(120) for host in hosts] == [0, 0], text(str(tmp_path / '0')) + text(str(tmp_path / '1'))
+    finally:
+        for host in hosts:
+            for pid in (host.pid, *children(host.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            host.wait()
+    assert latest(tmp_path / 'out')['config']['init_from'] == 'auto'
+    assert 0 < records(tmp_path / 'out', 'run')[-1]['iter'] < 400, 'it went on, where it was saved'
+    script('train.py', *flags(**options, out_dir=tmp_path / 'straight'))
     assert distance(latest(tmp_path / 'out'), latest(tmp_path / 'straight')) < 1e-5

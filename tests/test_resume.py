@@ -114,11 +114,16 @@ def test_a_damaged_checkpoint_is_not_another_run(train, tmp_path, capsys):
         train(init_from='auto')
 
 
-def test_a_text_prepared_anew_under_the_same_name_is_refused(train, tmp_path, dataset, capsys):
+@pytest.mark.parametrize('bins_json', [('there', 'there'), ('there', 'gone'), ('gone', 'there')])
+def test_a_text_prepared_anew_under_the_same_name_is_refused(train, tmp_path, dataset, capsys, bins_json):
     data = str(shutil.copytree(dataset, tmp_path / 'data'))
+    if bins_json[0] == 'gone':
+        os.remove(tmp_path / 'data' / 'bins.json')
     train(max_iters=2, dataset=data)
     ids = {split: bins.Bins(data, 8).tokens[split][::-1].copy() for split in ('train', 'val')}
     bins.write(data, codec.of_folder(data), **{split: [tokens] for split, tokens in ids.items()})
+    if bins_json[1] == 'gone':
+        os.remove(tmp_path / 'data' / 'bins.json')
     for init_from in ('resume', 'auto'):
         capsys.readouterr()
         assert train(max_iters=4, dataset=data, init_from=init_from) == 2
