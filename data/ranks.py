@@ -40,13 +40,15 @@ def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
     restart uses a part of it. Several machines count restarts each for itself; see config/README.md for them."""
     import torch
     import torch.distributed as dist
+    backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
+    if backend == 'nccl' and not device.startswith('cuda'):
+        raise DataError(f'backend=nccl is for GPUs, and device={device} is none: choose gloo')
     store, rank, processes = next(dist.rendezvous('env://'))
     hosts = int(os.environ.get('GROUP_WORLD_SIZE', 0))  # 0: not started by torchrun
     store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store) if hosts == 1 else store
     if device.startswith('cuda'):
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-    backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
                             device_id=torch.device(device) if backend == 'nccl' else None)
     if hosts > 1 and local_rank == 0:

@@ -441,6 +441,13 @@ def test_ranks_with_other_options_are_one_line(options, tmp_path, own):
     assert records(tmp_path / 'out') == [] or len(records(tmp_path / 'out')) == 12, 'no run has begun, none was renamed'
 
 
+@pytest.mark.slow
+def test_a_backend_for_gpus_where_there_is_none(options, tmp_path):
+    ranks = start_ranks(2, options(backend='nccl'), output := str(tmp_path / 'output'))
+    assert [ended(rank) for rank in ranks] == [2, 2]
+    assert text(f'{output}.0.err') == 'backend=nccl is for GPUs, and device=cpu is none: choose gloo\n'
+
+
 def own_place(place):
     """Run in each process: what is relative lies in a folder of its own, as on hosts without a common disk."""
     os.chdir(os.path.join(place, os.environ['RANK']))
