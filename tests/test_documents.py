@@ -340,7 +340,9 @@ def test_a_full_disk_is_one_line(tmp_path):
     command = f'{sys.executable} {PREPARE} {disk}/mine {tmp_path}/a.txt --tokenizer=char --num_proc=2'
     done = run('unshare', '-rm', 'sh', '-c', f'{mount}; {command}; echo $?; ls {disk}/mine')
     assert done.stdout.split() == ['2', 'bins.json'], 'unfinished, and nothing half-written'
-    assert re.fullmatch(rf'{disk}/mine/train.bin could not be written \(No space left on device\).*\n', done.stderr)
+    said = done.stderr.splitlines()[-1]  # on a slow machine after a bar
+    assert re.fullmatch(rf'{disk}/mine/train.bin could not be written \(No space left on device\).*', said)
+    assert 'Traceback' not in done.stderr
 
 
 def leave_without_a_word(piece):
