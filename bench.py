@@ -326,9 +326,9 @@ if mode == 'sample':
 else:
     ours, trained_vocab = time_train()
     if alone:
-        print(f'one process with its share takes {alone * 1000:.4f}ms: {world_size} do {world_size * alone / ours:.2f} '
-              f'times its work, and {max(0, 1 - alone / ours):.1%} of the time is communication and waiting'
-              + shard * ', and what sharded runs lack: one tensor of gradients, CUDA graphs')
+        print(f'one process with its share{", not sharded," * shard} takes {alone * 1000:.4f}ms: {world_size} do '
+              f'{world_size * alone / ours:.2f} times its work, and {max(0, 1 - alone / ours):.1%} of the time is '
+              'communication and waiting')
     if compare:
         plain = time_plain_train(trained_vocab)
         print(f'transformers, {"compiled" if compile else "eager"}, same batch: {plain * 1000:.4f}ms, '

@@ -249,8 +249,10 @@ def whole(state: dict, keep: bool) -> dict:
     """The state of model and optimizer; of a sharded run its DTensors are gathered, on the CPU of ranks that `keep`
     them; all ranks must call this."""
     def gather(t):
-        full = t.full_tensor() if hasattr(t, 'full_tensor') else t  # one at a time, and only one copy on the device
-        return full if full is t else full.cpu() if keep else None
+        if not hasattr(t, 'full_tensor'):
+            return t
+        full = t.full_tensor()
+        return full.cpu() if keep else None
     state = tree_map(gather, state)
     state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied: one tensor in the file, too
     return state

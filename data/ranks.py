@@ -85,8 +85,8 @@ def _watch_hosts(store, this: int, count: int) -> None:
 
 
 def agreed(what: dict, digests: dict, model) -> None:
-    """All ranks must start alike: DataError on each of them that names what differs first: a file of the
-    dataset, an entry of `what` other than out_dir, device, dataset and wandb_*, or the weights' sum of norms."""
+    """All ranks must start alike: DataError on each of them that names what differs first: a file of the dataset, an
+    entry of `what` other than out_dir, device, dataset and wandb_*, or the weights' sum of norms."""
     import torch
     import torch.distributed as dist
     size = sum(torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in model.parameters())

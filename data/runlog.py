@@ -142,7 +142,7 @@ def _kill_child(name: str) -> None:
         subprocess.run(['pkill', '-KILL', '-P', str(os.getpid()), name])
     except FileNotFoundError:  # a slim container has none
         for path in glob.glob('/proc/[0-9]*/stat'):
-            with contextlib.suppress(OSError), open(path) as f:
+            with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as f:
                 pid, program, _, parent, *_ = f.read().split()
                 if (program, parent) == (f'({name})', str(os.getpid())):  # no numbers where a name has spaces
                     os.kill(int(pid), signal.SIGKILL)

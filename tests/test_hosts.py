@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT, TINY, flags
-from tests.kill_loop import latest, records, text
+from tests.kill_loop import free_port, latest, records, text
 from tests.test_shard import distance
 
 ADDRESSES = {'one': '10.77.0.1', 'two': '10.77.0.2'}
@@ -49,13 +48,7 @@ def hosts():
             assert ip('-n', f'exact-{host}', 'link', 'set', f'{host}-eth', 'up').returncode == 0
         yield start
     finally:
-        for process in started:
-            for pid in (process.pid, *children(process.pid)):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            process.wait()
+        end(started)
         for host in ADDRESSES:
             ip('netns', 'del', f'exact-{host}')
 
@@ -63,6 +56,15 @@ def hosts():
 def link(up: bool) -> None:
     """The cable of the second host."""
     subprocess.run(['ip', '-n', 'exact-two', 'link', 'set', 'two-eth', 'up' if up else 'down'], check=True)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kill them, with all below them."""
+    for process in processes:
+        for pid in (process.pid, *children(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def children(pid: int) -> list[int]:
@@ -120,11 +122,8 @@ def test_two_hosts_one_of_which_is_lost(hosts, dataset, tmp_path, script, lost):
 def test_two_hosts_restart(dataset, tmp_path, script, killed):
     """By the command in config/README.md, two launchers on one machine: a rank is killed, both go on by themselves."""
     options = {**TINY, 'dataset': dataset, 'max_iters': 400, 'eval_interval': 20, 'lr_decay_iters': 400}
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2', '--rdzv_backend=c10d',
-              f'--rdzv_endpoint={endpoint}', '--max-restarts=3', os.path.join(ROOT, 'train.py')]
+              f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--max-restarts=3', os.path.join(ROOT, 'train.py')]
     env = {**os.environ, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     hosts = []
     try:
@@ -136,12 +135,7 @@ def test_two_hosts_restart(dataset, tmp_path, script, killed):
         os.kill(children(hosts[killed].pid)[0], signal.SIGKILL)
         assert [host.wait(120) for host in hosts] == [0, 0], text(str(tmp_path / '0')) + text(str(tmp_path / '1'))
     finally:
-        for host in hosts:
-            for pid in (host.pid, *children(host.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            host.wait()
-    assert latest(tmp_path / 'out')['config']['init_from'] == 'auto'
+        end(hosts)
     assert 0 < records(tmp_path / 'out', 'run')[-1]['iter'] < 400, 'it went on, where it was saved'
     script('train.py', *flags(**options, out_dir=tmp_path / 'straight'))
     assert distance(latest(tmp_path / 'out'), latest(tmp_path / 'straight')) < 1e-5

@@ -488,9 +488,9 @@ def test_deterministic_runs_on_a_gpu_repeat_to_the_last_bit(tmp_path, shape, pro
              **SHAPES[shape], 'deterministic': True, 'eval_interval': 1000, 'init_from': 'auto'}
     for folder, stops in (('one', [1]), ('other', [1]), ('stopped', [0.4, 1])):
         for stop in stops:
-            options = {**words, 'out_dir': tmp_path / folder, 'max_iters': int(stop * words['max_iters'])}
-            options = 'train.py', *flags(**{**options, 'lr_decay_iters': words['max_iters']})
-            done = torchrun(processes, *options) if processes > 1 else run(*options)
+            updates = {'max_iters': int(stop * words['max_iters']), 'lr_decay_iters': words['max_iters']}
+            command = 'train.py', *flags(**{**words, **updates, 'out_dir': tmp_path / folder})
+            done = torchrun(processes, *command) if processes > 1 else run(*command)
             assert done.returncode == 0, done.stderr
     assert_same(tmp_path / 'other', tmp_path / 'one')
     assert_same(tmp_path / 'stopped', tmp_path / 'one')
