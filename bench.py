@@ -202,12 +202,12 @@ def estimate_gpus() -> None:
     micro-steps, rounded up. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
     compiled, with fast.py and no dropout.
 
-    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; a share of
-               them with shard=True. And a token of a micro-step 28 L C, the 14 C numbers that a block keeps for its
-               backward pass, with recompute=True 2 L C + 28 C; and 2 V, the logits
+    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; each GPU has its
+               share of the moments, with shard=True of all. And a token of a micro-step 28 L C, the 14 C numbers that
+               a block keeps for its backward pass, with recompute=True 2 L C + 28 C; and 2 V, the logits
     compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on
                H200s; a third more with recompute=True
-    optimizer  92 N bytes of memory traffic an update, fitted too
+    optimizer  92 N bytes of memory traffic an update, fitted too; of 40 N each does its share, with shard=True of all
     exchange   8 N (n - 1) / n bytes, a ring, in GPUS between those of a host (two thirds of NVLink, or PCIe 4), at
                40 GB/s between hosts of 8; with shard=True in every micro-step. Checked on H100s and H200s
     """
@@ -221,8 +221,8 @@ def estimate_gpus() -> None:
     print(f'{gpu}, {N / 1e6:.1f}M parameters, micro-steps of {batch_size} x {block_size}')
     for n in (1, 2, 8, 64):
         micro_steps = -(-gradient_accumulation_steps // n)
-        memory = 18 * N / (n if shard else 1) + tokens * (kept + 2 * vocab)
-        work = micro_steps * tokens * token + 92e-12 * N / (n if shard else 1) / bandwidth
+        memory = (18 * N / n if shard else (10 + 8 / n) * N) + tokens * (kept + 2 * vocab)
+        work = micro_steps * tokens * token + 1e-12 * (92 * N / n if shard else (52 + 40 / n) * N) / bandwidth
         dt = work + (micro_steps if shard else 1) * 8 * N * (n - 1) / n / (link if n <= 8 else min(link, 40)) / 1e9
         print(f'{n:2} x {micro_steps} micro-steps: {memory / 2 ** 30:.1f} GiB each'
               f'{"" if memory < 0.95e9 * size else " (more than there is)"}, {dt * 1e3:.1f} ms an update, '

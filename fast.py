@@ -6,9 +6,9 @@ Every class names its plain twin, mostly its base class, and a test compares the
 The scripts import it before torch and use these entry points; model.py knows nothing of it:
 
     for_training(model, ...)     parts of the model change class; their parameters, and the names of those, stay
-    exchange_gradients(model)    after the last backward pass of an update: their mean over all ranks
-    finish_gradients(model)      then, before the norm of the gradients is taken
-    renew_copies(model)          after the optimizer's step
+    finish_gradients(model)      after the last backward pass of an update
+    FlatAdamW(optimizer)         then clips, and steps; ranks share the work, and exchange gradients and weights
+    renew_copies(model)          after its step
     captured(function, device)   a function of fixed shapes as one CUDA graph
     loading()                    while a model is built around weights that exist
     stream(model, ...)           GPT.stream, token for token
@@ -43,6 +43,7 @@ with contextlib.suppress(OSError):  # where there is CUDA; its driver starts whi
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # a pool of processes is ready after the few kernels
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -71,8 +72,7 @@ left_out: set[str] = set()  # parts to do without, by name: bench.py --without=.
 
 def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> bool:
     """Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `flat`, and on
-    CUDA, all gradients become slices of one tensor, and True is returned: the caller then sets gradients to zero, never
-    to None, and uses the other functions for training, too."""
+    CUDA, True is returned: the caller then uses FlatAdamW, and the other functions for training, too."""
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     kernels = (cuda and compiled) or triton_works(device)
@@ -85,11 +85,9 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> 
     twins = {part.__base__: part for part in parts}
     for module in list(model.modules())[1:]:
         module.__class__ = twins.get(type(module), type(module))
-    if cuda and flat:
-        flatten_gradients(model)
-        # this needs cuBLAS, and a compiler that allows a backward pass to change its inputs
-        if half and torch.version.cuda and torch.__version__ >= '2.11' and 'AddingLinear' not in left_out:
-            add_gradients(model, dtype)
+    # this needs cuBLAS, and a compiler that allows a backward pass to change its inputs
+    if cuda and flat and half and torch.version.cuda and torch.__version__ >= '2.11' and 'AddingLinear' not in left_out:
+        add_gradients(model, dtype)
     return cuda and flat
 
 
@@ -211,21 +209,77 @@ class FusedLoss(GPT):
         return None, self.cross_entropy(x.flatten(0, 1).to(weight.dtype), weight, targets.flatten().long(), total)
 
 
-# -- training: one tensor of gradients --------------------------------------------------------------------------------
+# -- training: one tensor of weights, one of gradients ----------------------------------------------------------------
 
-def flatten_gradients(model: GPT) -> None:
-    """Make the gradient of every parameter a piece of one float32 tensor of zeros, `model.gradients`."""
-    params = list(model.parameters())
-    sizes = [-(-p.numel() // 64) * 64 for p in params]  # each starts aligned, as matmuls want it
-    model.gradients = torch.zeros(sum(sizes), device=params[0].device)
-    for p, piece in zip(params, model.gradients.split(sizes)):
-        p.grad = piece[:p.numel()].view_as(p)
+class FlatAdamW(torch.optim.AdamW):
+    """
+    An AdamW whose weights become slices of one float32 tensor, and their gradients, never None, of another. Of several
+    ranks each updates an equal part (ZeRO stage 1, Rajbhandari et al. 2020). state_dict(), which all of them must call,
+    is that of the AdamW it is made from.
+    """
 
+    def __init__(self, plain: torch.optim.AdamW):
+        self.plain, self.ddp, groups = plain, dist.is_initialized(), plain.param_groups
+        self.ranks, rank = (dist.get_world_size(), dist.get_rank()) if self.ddp else (1, 0)
+        self.params = [p for group in groups for p in group['params']]
+        self.starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in self.params)]  # aligned, for matmuls
+        n = -(-self.starts[-1] // (64 * self.ranks)) * 64
+        self.weights, self.gradients = (torch.zeros(n * self.ranks, device=self.params[0].device) for _ in range(2))
+        for p, weight, p.grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
+            p.data = weight.copy_(p.detach())
+        first, last = n * rank, n * (rank + 1)  # this rank's part
+        self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
+        before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}
+        for name in ('exp_avg', 'exp_avg_sq'):
+            whole = torch.zeros_like(self.weights)
+            for piece, state in zip(self.slices(whole), before):
+                piece.copy_(state.pop(name, piece))  # of a resumed run
+            self.moments[name] = whole[first:last].clone()
+        # the weights of a group stand side by side, so those of this part are one slice, from a to b
+        edges = [self.starts[i] for i in itertools.accumulate((len(group['params']) for group in groups), initial=0)]
+        spans = [(max(a, first), min(b, last)) for a, b in itertools.pairwise(edges)]
+        super().__init__([{**group, 'params': [self.weights[a:b]] if a < b else []}
+                          for group, (a, b) in zip(groups, spans)], fused=True)
+        step = before[0].get('step', torch.zeros((), device=self.part.device))
+        for group, (a, b) in zip(self.param_groups, spans):
+            for p in group['params']:
+                p.grad, moments = self.gradients[a:b], {k: t[a - first:b - first] for k, t in self.moments.items()}
+                self.state[p] = {'step': step.clone(), **moments}
 
-def exchange_gradients(model: GPT) -> None:
-    """Make the gradients the mean of those of all ranks, by one all-reduce: what DistributedDataParallel does."""
-    if dist.is_initialized():
-        dist.all_reduce(model.gradients, dist.ReduceOp.AVG)
+    def slices(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The slice of each parameter, in its shape."""
+        return [flat[a:a + p.numel()].view_as(p) for p, a in zip(self.params, self.starts)]
+
+    def average_and_clip(self, limit: float) -> torch.Tensor:
+        """Make the gradients of this rank's part the mean over all ranks, and clip them; returns their norm before."""
+        if self.ddp:
+            dist.reduce_scatter_tensor(self.part.grad, self.gradients)
+        square = torch.linalg.vector_norm(self.part.grad).square()
+        if self.ddp:
+            dist.all_reduce(square)
+        norm = square.sqrt() / self.ranks
+        self.part.grad.mul_((limit / (norm + 1e-6)).clamp(max=1) / self.ranks)
+        return norm
+
+    def step(self, closure: None = None) -> None:
+        super().step()
+        if self.ddp:
+            dist.all_gather_into_tensor(self.weights, self.part)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        self.gradients.zero_()
+
+    def state_dict(self) -> dict:
+        step, wholes = next((state['step'] for state in self.state.values()), self.part[0]), []  # or all is padding
+        for moment in self.moments.values():
+            if self.ddp:
+                dist.all_gather_into_tensor(whole := torch.empty_like(self.weights), moment)
+            wholes.append(self.slices(whole if self.ddp else moment))
+        for p, *moments in zip(self.params, *wholes):
+            self.plain.state[p] = {'step': step.clone(), **dict(zip(self.moments, moments))}
+        state = self.plain.state_dict()
+        self.plain.state.clear()  # what was gathered is not kept
+        return state
 
 
 # Autograd would write the gradient of a weight in 16 bits, cast it and add it to .grad: three times the traffic of one

@@ -171,9 +171,10 @@ if compile:
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# fast.py swaps in faster parts. flat: whether it made all gradients slices of one tensor (then it averages them, too)
-can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl')
+# fast.py swaps in faster parts. flat: whether it also makes all weights one tensor, of which each rank updates a part
+can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl' and dtype != 'float16')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
+optimizer = fast.FlatAdamW(optimizer) if flat else optimizer
 for block in raw_model.transformer.h:
     if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
         block.forward = torch.compile(block.forward, dynamic=False)
@@ -209,7 +210,8 @@ def clip_and_step():
     if flat:
         fast.finish_gradients(raw_model)  # separates those of a Linear and the LayerNorm folded into it
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)  # inf: it only measures
+    limit = grad_clip or math.inf  # inf: the norm is only measured
+    norm = optimizer.average_and_clip(limit) if flat else torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not flat)
@@ -228,7 +230,7 @@ if capture:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
     # the first update is not captured: it compiles, and creates the optimizer's state
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
-    finish_update = fast.captured(clip_and_step, torch.device(device))
+    finish_update = clip_and_step if ddp else fast.captured(clip_and_step, torch.device(device))
 
 
 def update(step):
@@ -241,8 +243,6 @@ def update(step):
             torch.manual_seed(int(draw(1, seed, 'dropout', step, part)[0]))
         model.require_backward_grad_sync = m == micro_steps - 1  # DistributedDataParallel exchanges in the last only
         micro_step(to_device(x), to_device(y))
-    if flat:
-        fast.exchange_gradients(raw_model)
     return finish_update().clone()  # a captured function returns the same tensor each time
 
 

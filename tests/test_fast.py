@@ -29,6 +29,10 @@ GPU = {**TINY, 'device': 'cuda', 'dtype': 'bfloat16'}
 DEVICES = ['cpu', pytest.param('cuda', marks=cuda)]
 
 
+def flat(net: GPT) -> torch.optim.AdamW:
+    return fast.FlatAdamW(net.configure_optimizers(0.1, 1e-2, (0.9, 0.99), net.lm_head.weight.device.type))
+
+
 def gradients(net: GPT) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
@@ -192,8 +196,8 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     x, y, added = ids(3, 16), ids(3, 16, seed=1), []
     net, twin = small(bias=bias), small(bias=bias)
     monkeypatch.setattr(fast, 'add_product', add_product)
-    fast.flatten_gradients(net)
     fast.add_gradients(net, torch.float32)
+    flat(net)
     for n in (1, 2):
         (n * net(x, y)[1]).backward()
         (n * twin(x, y)[1]).backward()
@@ -217,6 +221,7 @@ def test_embeddings_by_kernels_are_embeddings(dtype):
     net, x = small(n_embd=48).to('cuda'), ids(3, 16).to('cuda')
     twin = copy.deepcopy(net)
     fast.for_training(net, dtype, compiled=False, flat=True)
+    flat(net)
     x[0] = 5  # many rows of one token
     for _ in range(2):  # the second pass adds to what is there
         with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
@@ -231,13 +236,43 @@ def test_embeddings_by_kernels_are_embeddings(dtype):
     assert net.embed(x).isnan().any(2).nonzero().tolist() == [[1, 2]], 'an unknown id shows in the loss'
 
 
-def test_all_gradients_are_one_tensor():
-    net = small()
-    fast.flatten_gradients(net)
-    net(ids(3, 16), ids(3, 16))[1].backward()
-    assert net.gradients.norm().item() == pytest.approx(gradients(net).norm().item())
-    assert all(p.grad.untyped_storage().data_ptr() == net.gradients.data_ptr() for p in net.parameters())
-    assert 'gradients' not in net.state_dict()
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('limit', [math.inf, 0.5])
+def test_an_adamw_on_flat_tensors_is_the_adamw_it_is_made_from(device, limit):
+    """Also where that has moments already, as that of a resumed run; clipped and not."""
+    net, x = small(n_embd=48, bias=True).to(device), ids(3, 16).to(device)  # 31 * 48 numbers: no multiple of 64
+    twin = copy.deepcopy(net)
+    plain, ours = (m.configure_optimizers(0.1, 1e-2, (0.9, 0.99), device) for m in (twin, net))
+    for step in range(6):
+        if step == 2:
+            ours = fast.FlatAdamW(ours)
+        for m in (net, twin):
+            m(x, x)[1].backward()
+            with torch.no_grad():  # keys' biases have no gradient but rounding, which AdamW makes large
+                for block in m.transformer.h:
+                    block.attn.c_attn.bias.grad[48:96] = 0
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), limit)
+        if step >= 2:
+            assert ours.average_and_clip(limit).item() == pytest.approx(norm.item(), rel=1e-5)
+            for p, q in zip(net.parameters(), twin.parameters()):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        else:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
+        for optimizer in (plain, ours):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=optimizer is plain)
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(net.get_parameter(name), p, rtol=1e-4, atol=1e-5)
+    wanted, state = plain.state_dict(), ours.state_dict()
+    assert state['param_groups'] == wanted['param_groups'] and state['state'].keys() == wanted['state'].keys()
+    for i, entry in wanted['state'].items():
+        assert list(state['state'][i]) == list(entry) and state['state'][i]['step'] == 6
+        for name in entry:
+            torch.testing.assert_close(state['state'][i][name], entry[name], rtol=1e-4, atol=1e-7)
+    steps = {entry['step'].data_ptr() for entry in state['state'].values()}
+    assert len(steps) == len(wanted['state']), 'who goes on with it counts each by itself'
+    assert all(p.grad.untyped_storage().data_ptr() == ours.gradients.data_ptr() for p in net.parameters())
+    assert not ours.gradients.any() and ours.state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -249,16 +284,15 @@ def test_train_py_with_one_tensor_of_gradients_trains_alike(train, out_dir, monk
 
     def for_training(model, dtype, compiled, flat):
         assert (dtype, compiled, flat) == (torch.bfloat16, compile, True)
-        fast.flatten_gradients(model)
         fast.add_gradients(model, dtype)
         return True
 
     runs = []
-    for flat in (False, True):
+    for one_tensor in (False, True):
         added = []
         options = dict(compile=compile, dtype='bfloat16', decay_lr=False, learning_rate=1e-2, log_interval=1)
         done = train(**options, max_iters=6)
-        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * flat
+        assert len(added) == 6 * TINY['gradient_accumulation_steps'] * (4 * TINY['n_layer'] + 1) * one_tensor
         norms = [r['norm'] for r in records(out_dir, 'train')]
         assert latest(out_dir)['model'].keys() == GPT(done.names['raw_model'].config).state_dict().keys()
         assert train(**options, init_from='resume', max_iters=7).code == 0
@@ -299,6 +333,7 @@ def test_gradients_on_cuda_are_as_near_to_float32_as_autocast(bias, compiled):
         net = GPT(config).cuda()
         net.load_state_dict(plain.state_dict())
         assert fast.for_training(net, dtype, compiled, flat=True)
+        flat(net)
         if compiled:
             for block in net.transformer.h:
                 block.forward = torch.compile(block.forward, dynamic=False)

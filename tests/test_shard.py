@@ -111,6 +111,33 @@ def test_from_two_to_four_sharded_to_one(script, dataset, tmp_path):
     assert len(losses[0]) == 30 and max(abs(a - b) for a, b in zip(*losses)) < 1e-5
 
 
+SHARED = """import runpy, sys
+sys.path.insert(0, {root!r})
+import fast
+plain = fast.for_training
+fast.for_training = lambda model, dtype, compiled, flat: plain(model, dtype, compiled, flat=False) or True
+sys.argv[0] = {root!r} + '/train.py'
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_share_the_optimizer(script, dataset, tmp_path):
+    """As they do on GPUs: from three ranks to two to one, it is the run of one with torch's AdamW."""
+    pytest.importorskip('fast', reason='fast.py was deleted')
+    (tmp_path / 'shared.py').write_text(SHARED.format(root=ROOT))
+    options = dict(gradient_accumulation_steps=6, grad_clip=0.5)
+    plain, out = train(1, tmp_path / 'plain', script, dataset, **options), tmp_path / 'out'
+    for ranks, max_iters in ((3, 10), (2, 20)):
+        done = torchrun(ranks, str(tmp_path / 'shared.py'), *flags(**{
+            **RUN, **options, 'dataset': dataset, 'out_dir': out, 'max_iters': max_iters, 'init_from': 'auto'}))
+        assert done.returncode == 0, done.stderr
+    assert distance(train(1, out, script, dataset, **options, init_from='resume'), plain) < 1e-5
+    norms = [[json.loads(line)['norm'] for line in (folder / 'log.jsonl').read_text().splitlines()
+              if '"kind": "train"' in line] for folder in (out, tmp_path / 'plain')]
+    assert len(norms[0]) == 30 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_compiled_sharded_run(script, dataset, tmp_path):
     plain = train(1, tmp_path / 'plain', script, dataset, max_iters=4, eval_interval=4, dropout=0.0)
