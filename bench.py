@@ -202,7 +202,7 @@ def estimate_gpus() -> None:
     micro-steps, rounded up. N parameters, L blocks, C channels, V tokens in the vocabulary, n GPUs; in bfloat16,
     compiled, with fast.py and no dropout.
 
-    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; each GPU has its
+    memory     18 N bytes: weights, gradients, two moments in float32, a copy of the weights in 16 bits; a GPU has its
                share of the moments, with shard=True of all. And a token of a micro-step 28 L C, the 14 C numbers that
                a block keeps for its backward pass, with recompute=True 2 L C + 28 C; and 2 V, the logits
     compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on

@@ -229,22 +229,20 @@ class FlatAdamW(torch.optim.AdamW):
             p.data = weight.copy_(p.detach())
         first, last = n * rank, n * (rank + 1)  # this rank's part
         self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
-        before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}
+        before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}  # of a resumed run; else empty
         for name in ('exp_avg', 'exp_avg_sq'):
             whole = torch.zeros_like(self.weights)
             for piece, state in zip(self.slices(whole), before):
-                piece.copy_(state.pop(name, piece))  # of a resumed run
-            self.moments[name] = whole[first:last].clone()
-        # the weights of a group stand side by side, so those of this part are one slice, from a to b
-        edges = [self.starts[i] for i in itertools.accumulate((len(group['params']) for group in groups), initial=0)]
-        spans = [(max(a, first), min(b, last)) for a, b in itertools.pairwise(edges)]
-        super().__init__([{**group, 'params': [self.weights[a:b]] if a < b else []}
-                          for group, (a, b) in zip(groups, spans)], fused=True)
-        step = before[0].get('step', torch.zeros((), device=self.part.device))
-        for group, (a, b) in zip(self.param_groups, spans):
-            for p in group['params']:
-                p.grad, moments = self.gradients[a:b], {k: t[a - first:b - first] for k, t in self.moments.items()}
-                self.state[p] = {'step': step.clone(), **moments}
+                piece.copy_(state.pop(name, piece))
+            self.moments[name] = whole[first:last].clone() if self.ddp else whole
+        # the weights of a group stand side by side, so this part has one piece of each group
+        cuts = [min(max(self.starts[i] - first, 0), n) for i in itertools.accumulate(len(g['params']) for g in groups)]
+        own, *rest = (flat.tensor_split(cuts[:-1]) for flat in (self.part, self.part.grad, *self.moments.values()))
+        super().__init__([{**group, 'params': [p] if len(p) else []} for group, p in zip(groups, own)], fused=True)
+        for p, p.grad, *moments in zip(own, *rest):
+            if len(p):
+                step = before[0].get('step', torch.zeros((), device=p.device)).clone()
+                self.state[p] = {'step': step, **dict(zip(self.moments, moments))}
 
     def slices(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The slice of each parameter, in its shape."""
@@ -270,7 +268,7 @@ class FlatAdamW(torch.optim.AdamW):
         self.gradients.zero_()
 
     def state_dict(self) -> dict:
-        step, wholes = next((state['step'] for state in self.state.values()), self.part[0]), []  # or all is padding
+        step, wholes = next(iter(self.state.values()))['step'], []
         for moment in self.moments.values():
             if self.ddp:
                 dist.all_gather_into_tensor(whole := torch.empty_like(self.weights), moment)

@@ -75,9 +75,9 @@ def test_estimates_of_what_does_not_fit(bench, capsys):
     (dict(batch_size=60, gradient_accumulation_steps=8), 'H100', 23.0, 919.4),
     (dict(batch_size=32, gradient_accumulation_steps=4, **XL), 'H200', 104.8, 2419.3),
     (dict(batch_size=128, gradient_accumulation_steps=4, n_layer=24, n_head=16, n_embd=1024), 'H200', None, 2296.4),
-    (dict(batch_size=12, gradient_accumulation_steps=2, processes=2), 'H200', 6.4, 25.28),
-    (dict(batch_size=12, gradient_accumulation_steps=40, processes=2), 'H200', 6.4, 432.9),
-    (dict(batch_size=16, gradient_accumulation_steps=4, processes=2, **XL), 'H200', 60.9, 637.4),
+    (dict(batch_size=12, gradient_accumulation_steps=2, processes=2), 'H200', 5.9, 25.06),
+    (dict(batch_size=12, gradient_accumulation_steps=40, processes=2), 'H200', 5.9, 426.6),
+    (dict(batch_size=16, gradient_accumulation_steps=4, processes=2, **XL), 'H200', None, 637.4),
     (dict(batch_size=16, gradient_accumulation_steps=4, processes=2, shard=True, **XL), 'H200', 51.4, 686.8),
     (dict(batch_size=4, gradient_accumulation_steps=4, processes=2, shard=True, recompute=True, **GPT_7B), 'H200', 53.6,
      936.6)])
