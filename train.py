@@ -228,7 +228,7 @@ micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # the first update is not captured: it compiles, and creates the optimizer's state
+    # the first update is not captured, since it compiles; nor are ranks' exchanges, of which NCCL then could not tell
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
     finish_update = clip_and_step if ddp else fast.captured(clip_and_step, torch.device(device))
 

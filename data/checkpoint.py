@@ -246,12 +246,12 @@ def to_resume(folder: str, config: dict, digests: dict, say: Callable = print, m
 
 
 def whole(state: dict, keep: bool) -> dict:
-    """The state of model and optimizer, its tensors on the CPU, for ranks that `keep` it; of a sharded run the DTensors
-    are gathered; all ranks must call this."""
+    """The state of model and optimizer; of a sharded run its DTensors are gathered, on the CPU of ranks that `keep`
+    them; all ranks must call this."""
     def gather(t):
-        if not isinstance(t, torch.Tensor):
+        if not hasattr(t, 'full_tensor'):
             return t
-        full = t.full_tensor() if hasattr(t, 'full_tensor') else t
+        full = t.full_tensor()
         return full.cpu() if keep else None
     state = tree_map(gather, state)
     state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied: one tensor in the file, too
