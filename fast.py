@@ -6,9 +6,7 @@ Every class names its plain twin, mostly its base class, and a test compares the
 The scripts import it before torch and use these entry points; model.py knows nothing of it:
 
     for_training(model, ...)     parts of the model change class; their parameters, and the names of those, stay
-    finish_gradients(model)      after the last backward pass of an update
-    FlatAdamW(optimizer)         then clips, and steps; ranks share the work, and exchange gradients and weights
-    renew_copies(model)          after its step
+    FlatAdamW(model, optimizer)  clips and steps; ranks share the work, and exchange gradients and weights
     captured(function, device)   a function of fixed shapes as one CUDA graph
     loading()                    while a model is built around weights that exist
     stream(model, ...)           GPT.stream, token for token
@@ -72,7 +70,7 @@ left_out: set[str] = set()  # parts to do without, by name: bench.py --without=.
 
 def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> bool:
     """Put in the parts that pay for training under autocast to `dtype`, with or without compiling. With `flat`, and on
-    CUDA, True is returned: the caller then uses FlatAdamW, and the other functions for training, too."""
+    CUDA, True is returned: the caller must then use FlatAdamW."""
     device = model.lm_head.weight.device
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     kernels = (cuda and compiled) or triton_works(device)
@@ -211,38 +209,50 @@ class FusedLoss(GPT):
 
 # -- training: one tensor of weights, one of gradients ----------------------------------------------------------------
 
+# torch 2.13 renamed these, and warns of the old names
+reduce_scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+
+
 class FlatAdamW(torch.optim.AdamW):
     """
     An AdamW whose weights become slices of one float32 tensor, and their gradients, never None, of another. Of several
-    ranks each updates an equal part (ZeRO stage 1, Rajbhandari et al. 2020). state_dict(), which all of them must call,
-    is that of the AdamW it is made from.
+    ranks each updates an equal part (ZeRO stage 1, Rajbhandari et al. 2020). state_dict(), which all of them must call
+    between updates, is that of the AdamW it is made from; rank 0 alone gets it whole.
     """
 
-    def __init__(self, plain: torch.optim.AdamW):
-        self.plain, self.ddp, groups = plain, dist.is_initialized(), plain.param_groups
-        self.ranks, rank = (dist.get_world_size(), dist.get_rank()) if self.ddp else (1, 0)
+    def __init__(self, model: GPT, plain: torch.optim.AdamW):
+        self.model, self.plain, groups = model, plain, plain.param_groups
+        self.ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.params = [p for group in groups for p in group['params']]
         self.starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in self.params)]  # aligned, for matmuls
         n = -(-self.starts[-1] // (64 * self.ranks)) * 64
-        self.weights, self.gradients = (torch.zeros(n * self.ranks, device=self.params[0].device) for _ in range(2))
-        for p, weight, p.grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
-            p.data = weight.copy_(p.detach())
         first, last = n * rank, n * (rank + 1)  # this rank's part
-        self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
+        self.gradients = torch.zeros(n * self.ranks, device=self.params[0].device)
         before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}  # of a resumed run; else empty
-        for name in ('exp_avg', 'exp_avg_sq'):
-            whole = torch.zeros_like(self.weights)
-            for piece, state in zip(self.slices(whole), before):
+        for name in ('exp_avg', 'exp_avg_sq'):  # put together in the place of the gradients, which are zeros
+            for piece, state in zip(self.slices(self.gradients), before):
                 piece.copy_(state.pop(name, piece))
-            self.moments[name] = whole[first:last].clone() if self.ddp else whole
+            self.moments[name] = self.gradients[first:last].clone()
+        self.zero_grad()
+        self.weights = torch.zeros_like(self.gradients)
+        for p, weight, grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
+            p.data, p.grad = weight.copy_(p.detach()), grad
+        self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
         # the weights of a group stand side by side, so this part has one piece of each group
-        cuts = [min(max(self.starts[i] - first, 0), n) for i in itertools.accumulate(len(g['params']) for g in groups)]
+        cuts = [max(self.starts[i] - first, 0) for i in itertools.accumulate(len(group['params']) for group in groups)]
         own, *rest = (flat.tensor_split(cuts[:-1]) for flat in (self.part, self.part.grad, *self.moments.values()))
         super().__init__([{**group, 'params': [p] if len(p) else []} for group, p in zip(groups, own)], fused=True)
-        for p, p.grad, *moments in zip(own, *rest):
+        for p, grad, *moments in zip(own, *rest):
             if len(p):
                 step = before[0].get('step', torch.zeros((), device=p.device)).clone()
-                self.state[p] = {'step': step, **dict(zip(self.moments, moments))}
+                p.grad, self.state[p] = grad, {'step': step, **dict(zip(self.moments, moments))}
+
+    @staticmethod
+    def fits(model: GPT, plain: torch.optim.Optimizer) -> bool:
+        """Whether all parameters of the model are trained, by a plain AdamW."""
+        params = {p for group in plain.param_groups for p in group['params'] if p.requires_grad}
+        return type(plain) is torch.optim.AdamW and not plain.defaults['amsgrad'] and params == set(model.parameters())
 
     def slices(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The slice of each parameter, in its shape."""
@@ -250,10 +260,11 @@ class FlatAdamW(torch.optim.AdamW):
 
     def average_and_clip(self, limit: float) -> torch.Tensor:
         """Make the gradients of this rank's part the mean over all ranks, and clip them; returns their norm before."""
-        if self.ddp:
-            dist.reduce_scatter_tensor(self.part.grad, self.gradients)
+        finish_gradients(self.model)
+        if self.ranks > 1:
+            reduce_scatter(self.part.grad, self.gradients)
         square = torch.linalg.vector_norm(self.part.grad).square()
-        if self.ddp:
+        if self.ranks > 1:
             dist.all_reduce(square)
         norm = square.sqrt() / self.ranks
         self.part.grad.mul_((limit / (norm + 1e-6)).clamp(max=1) / self.ranks)
@@ -261,8 +272,9 @@ class FlatAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:
         super().step()
-        if self.ddp:
-            dist.all_gather_into_tensor(self.weights, self.part)
+        if self.ranks > 1:
+            all_gather(self.weights, self.part)
+        renew_copies(self.model)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.gradients.zero_()
@@ -270,14 +282,13 @@ class FlatAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict:
         step, wholes = next(iter(self.state.values()))['step'], []
         for moment in self.moments.values():
-            if self.ddp:
-                dist.all_gather_into_tensor(whole := torch.empty_like(self.weights), moment)
-            wholes.append(self.slices(whole if self.ddp else moment))
-        for p, *moments in zip(self.params, *wholes):
-            self.plain.state[p] = {'step': step.clone(), **dict(zip(self.moments, moments))}
-        state = self.plain.state_dict()
-        self.plain.state.clear()  # what was gathered is not kept
-        return state
+            if self.ranks > 1:  # again in the place of the gradients
+                all_gather(self.gradients, moment)
+                moment = self.gradients.to('cpu', copy=True) if dist.get_rank() == 0 else self.gradients
+            wholes.append(self.slices(moment))
+        self.zero_grad()
+        state = {i: {'step': step.clone(), **dict(zip(self.moments, both))} for i, both in enumerate(zip(*wholes))}
+        return {**self.plain.state_dict(), 'state': state}
 
 
 # Autograd would write the gradient of a weight in 16 bits, cast it and add it to .grad: three times the traffic of one

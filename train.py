@@ -143,7 +143,7 @@ if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
 if stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the model of init_from={init_from}, though as many: no match')
 if ddp:
-    agreed({**config, 'dtype': dtype, 'iter_num': iter_num}, bins.digests, raw_model)
+    agreed({**config, 'dtype': dtype, 'iter_num': iter_num, 'best': best_val_loss}, bins.digests, raw_model)
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
@@ -171,10 +171,12 @@ if compile:
     except Exception as e:  # no compiler, no Triton, an unsupported Python or platform
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
-# fast.py swaps in faster parts. flat: whether it also makes all weights one tensor, of which each rank updates a part
+# fast.py swaps in faster parts. flat: whether it also makes all weights one tensor, of which each rank updates a part;
+# not in float16, where each would see other infinities
 can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl' and dtype != 'float16')
+can_be_flat = can_be_flat and fast is not None and fast.FlatAdamW.fits(raw_model, optimizer)
 flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
-optimizer = fast.FlatAdamW(optimizer) if flat else optimizer
+optimizer = fast.FlatAdamW(raw_model, optimizer) if flat else optimizer
 for block in raw_model.transformer.h:
     if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
         block.forward = torch.compile(block.forward, dynamic=False)
@@ -207,16 +209,12 @@ def forward_backward(x, y):
 
 def clip_and_step():
     """Clip gradients, update parameters, clear gradients; returns the norm of the gradients before clipping."""
-    if flat:
-        fast.finish_gradients(raw_model)  # separates those of a Linear and the LayerNorm folded into it
     scaler.unscale_(optimizer)
     limit = grad_clip or math.inf  # inf: the norm is only measured
     norm = optimizer.average_and_clip(limit) if flat else torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not flat)
-    if flat:
-        fast.renew_copies(raw_model)  # of the weights, in 16 bits, which the next forward pass reads
+    optimizer.zero_grad()
     return norm.full_tensor() if shard else norm
 
 
@@ -228,7 +226,7 @@ micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # the first update is not captured, since it compiles; nor are ranks' exchanges, of which NCCL then could not tell
+    # not the first update, which compiles, nor what ranks exchange: within a graph NCCL would not notice a lost one
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
     finish_update = clip_and_step if ddp else fast.captured(clip_and_step, torch.device(device))
 

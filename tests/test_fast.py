@@ -30,7 +30,7 @@ DEVICES = ['cpu', pytest.param('cuda', marks=cuda)]
 
 
 def flat(net: GPT) -> torch.optim.AdamW:
-    return fast.FlatAdamW(net.configure_optimizers(0.1, 1e-2, (0.9, 0.99), net.lm_head.weight.device.type))
+    return fast.FlatAdamW(net, net.configure_optimizers(0.1, 1e-2, (0.9, 0.99), net.lm_head.weight.device.type))
 
 
 def gradients(net: GPT) -> torch.Tensor:
@@ -245,7 +245,7 @@ def test_an_adamw_on_flat_tensors_is_the_adamw_it_is_made_from(device, limit):
     plain, ours = (m.configure_optimizers(0.1, 1e-2, (0.9, 0.99), device) for m in (twin, net))
     for step in range(6):
         if step == 2:
-            ours = fast.FlatAdamW(ours)
+            ours = fast.FlatAdamW(net, ours)
         for m in (net, twin):
             m(x, x)[1].backward()
             with torch.no_grad():  # keys' biases have no gradient but rounding, which AdamW makes large
@@ -273,6 +273,17 @@ def test_an_adamw_on_flat_tensors_is_the_adamw_it_is_made_from(device, limit):
     assert len(steps) == len(wanted['state']), 'who goes on with it counts each by itself'
     assert all(p.grad.untyped_storage().data_ptr() == ours.gradients.data_ptr() for p in net.parameters())
     assert not ours.gradients.any() and ours.state_dict().keys() == state.keys()
+
+
+def test_only_a_plain_adamw_of_all_parameters_becomes_flat():
+    net = small()
+    groups = net.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu').param_groups
+    assert fast.FlatAdamW.fits(net, torch.optim.AdamW(groups))
+    for other in (torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.Adam(net.parameters()),
+                  torch.optim.AdamW(groups, amsgrad=True), torch.optim.AdamW(groups[:1])):
+        assert not fast.FlatAdamW.fits(net, other)
+    net.transformer.wpe.weight.requires_grad_(False)
+    assert not fast.FlatAdamW.fits(net, torch.optim.AdamW(groups))
 
 
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
