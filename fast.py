@@ -209,9 +209,9 @@ class FusedLoss(GPT):
 
 # -- training: one tensor of weights, one of gradients ----------------------------------------------------------------
 
-# torch 2.13 renamed these, and warns of the old names
-reduce_scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+# torch 2.13 renamed these, and warns of the old names; a build without torch.distributed has neither
+reduce_scatter, all_gather = (getattr(dist, new, getattr(dist, old, None)) for new, old in (
+    ('reduce_scatter_single', 'reduce_scatter_tensor'), ('all_gather_single', 'all_gather_into_tensor')))
 
 
 class FlatAdamW(torch.optim.AdamW):
