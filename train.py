@@ -143,7 +143,7 @@ if bins.vocab_size > vocab_size or (bins.own and bins.vocab_size != vocab_size):
 if stored.get('codec', bins.state) != bins.state:
     fail(f'dataset={dataset} has other tokens than the model of init_from={init_from}, though as many: no match')
 if ddp:
-    agreed({**config, 'dtype': dtype, 'iter_num': iter_num, 'best': best_val_loss}, bins.digests, raw_model)
+    agreed({**config, 'dtype': dtype, 'iter_num': iter_num}, bins.digests, raw_model)
 if master and not eval_only and (moved := claim(out_dir, fresh=not resumed)):  # fresh moves earlier files: only now
     say(f'an earlier run stood in {out_dir}; kept as {", ".join(moved)}')
 model_args = {key: getattr(raw_model.config, key) for key in (*shape, 'vocab_size')}
