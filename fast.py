@@ -286,7 +286,8 @@ class FlatAdamW(torch.optim.AdamW):
                 all_gather(self.gradients, moment)
                 moment = self.gradients.to('cpu', copy=True) if dist.get_rank() == 0 else self.gradients
             wholes.append(self.slices(moment))
-        self.zero_grad()
+        if self.ranks > 1:
+            self.zero_grad()
         state = {i: {'step': step.clone(), **dict(zip(self.moments, both))} for i, both in enumerate(zip(*wholes))}
         return {**self.plain.state_dict(), 'state': state}
 

@@ -174,8 +174,8 @@ if compile:
 # fast.py swaps in faster parts. flat: whether it also makes all weights one tensor, of which each rank updates a part;
 # not in float16, where each would see other infinities
 can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl' and dtype != 'float16')
-can_be_flat = can_be_flat and fast is not None and fast.FlatAdamW.fits(raw_model, optimizer)
-flat = fast is not None and fast.for_training(raw_model, number_format, compile, flat=can_be_flat)
+flat = fast is not None and fast.for_training(raw_model, number_format, compile,
+                                              flat=can_be_flat and fast.FlatAdamW.fits(raw_model, optimizer))
 optimizer = fast.FlatAdamW(raw_model, optimizer) if flat else optimizer
 for block in raw_model.transformer.h:
     if compile:  # piece by piece: the code of one block serves all, so it is ready in a fraction of the time
