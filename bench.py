@@ -174,7 +174,8 @@ def time_train() -> tuple[float, int]:
         show_profile(profiler)
     dt = (times[1] - times[0]) / steps
     tokens = batch_size * block_size * gradient_accumulation_steps
-    memory = f', peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
+    most = torch.cuda.max_memory_allocated() + (fast.uncounted if fast else 0)
+    memory = f', peak memory {most / 2**30:.1f} GiB' if cuda else ''
     share = model.flops_per_token() * tokens / dt / peak / world_size
     print(f'{tokens / dt:,.0f} tok/s, {share:.1%} of the measured matmul peak{memory}')
     mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt)

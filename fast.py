@@ -16,6 +16,7 @@ Which part gains what: how much longer things take without it (all figures, mach
     captured, FusedLoss, AddingLinear       GPT-2 124M on a GPU, 12 x 1024 tokens a micro-step: 49%, 7%, 6%
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
     PolynomialGELU, AddingEmbeddings        the same: 2%, 0.5%, and 2 s of compiling before the first update
+    shared                                  on each of two GPUs one micro-step of these: 3%
     CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
@@ -40,6 +41,7 @@ with contextlib.suppress(OSError):  # where there is CUDA; its driver starts whi
     threading.Thread(target=ctypes.CDLL('libcuda.so.1').cuInit, args=(0,), daemon=True).start()
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # a pool of processes is ready after the few kernels
 
+import bisect
 import functools
 import itertools
 import math
@@ -214,6 +216,31 @@ reduce_scatter, all_gather = (getattr(dist, new, getattr(dist, old, None)) for n
     ('reduce_scatter_single', 'reduce_scatter_tensor'), ('all_gather_single', 'all_gather_into_tensor')))
 
 
+uncounted = 0  # bytes that are in use and not in torch.cuda.memory_allocated()
+
+
+def shared(n: int, device: torch.device) -> list[torch.Tensor]:
+    """n zeros; then, where NVLink joins the GPUs of all ranks, those of the other ranks, from the next one on, each in
+    the memory of its own GPU: to read and write them there takes three quarters of NCCL's time."""
+    global uncounted
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    with contextlib.suppress(ImportError, RuntimeError):  # another version of torch, a container that forbids it
+        here = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)  # all on one host
+        if device.type == 'cuda' and ranks > 1 and here and 'shared' not in left_out:
+            from torch._C._autograd import DeviceType
+            from torch._C._distributed_c10d import _detect_dma_connectivity
+            from torch.distributed import _symmetric_memory as symmetric
+            links = _detect_dma_connectivity(DeviceType.CUDA, 'nvlink').matrix
+            if all(links[a][b] for a, b in itertools.permutations(range(ranks), 2)):
+                before = torch.cuda.memory_allocated(device)
+                flat = symmetric.empty(n, device=device, dtype=torch.float32).zero_()
+                uncounted += flat.nbytes - (torch.cuda.memory_allocated(device) - before)
+                memory = symmetric.rendezvous(flat, dist.group.WORLD)
+                others = ((dist.get_rank() + i) % ranks for i in range(1, ranks))
+                return [flat, *(memory.get_buffer(rank, (n,), torch.float32) for rank in others)]
+    return [torch.zeros(n, device=device)]
+
+
 class FlatAdamW(torch.optim.AdamW):
     """
     An AdamW whose weights become slices of one float32 tensor, and their gradients, never None, of another. Of several
@@ -226,27 +253,31 @@ class FlatAdamW(torch.optim.AdamW):
         self.ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.params = [p for group in groups for p in group['params']]
         self.starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in self.params)]  # aligned, for matmuls
-        n = -(-self.starts[-1] // (64 * self.ranks)) * 64
+        n, device = -(-self.starts[-1] // (64 * self.ranks)) * 64, self.params[0].device
         first, last = n * rank, n * (rank + 1)  # this rank's part
-        self.gradients = torch.zeros(n * self.ranks, device=self.params[0].device)
+        self.gradients, *theirs = shared(n * self.ranks, device)
         before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}  # of a resumed run; else empty
         for name in ('exp_avg', 'exp_avg_sq'):  # put together in the place of the gradients, which are zeros
             for piece, state in zip(self.slices(self.gradients), before):
                 piece.copy_(state.pop(name, piece))
             self.moments[name] = self.gradients[first:last].clone()
         self.zero_grad()
-        self.weights = torch.zeros_like(self.gradients)
+        self.weights, *copies = shared(n * self.ranks, device)
         for p, weight, grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
             p.data, p.grad = weight.copy_(p.detach()), grad
         self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
-        # the weights of a group stand side by side, so this part has one piece of each group
-        cuts = [max(self.starts[i] - first, 0) for i in itertools.accumulate(len(group['params']) for group in groups)]
-        own, *rest = (flat.tensor_split(cuts[:-1]) for flat in (self.part, self.part.grad, *self.moments.values()))
-        super().__init__([{**group, 'params': [p] if len(p) else []} for group, p in zip(groups, own)], fused=True)
-        for p, grad, *moments in zip(own, *rest):
-            if len(p):
-                step = before[0].get('step', torch.zeros((), device=p.device)).clone()
-                p.grad, self.state[p] = grad, {'step': step, **dict(zip(self.moments, moments))}
+        self.theirs, self.beside = [grad[first:last] for grad in theirs], copies and torch.cuda.Stream(device)
+        # a piece is of one group, whose weights stand side by side; the more pieces, the sooner the first is sent
+        ends = [self.starts[i] for i in itertools.accumulate(len(group['params']) for group in groups)][:-1]
+        cuts = sorted({*range(0, n, n // (4 if copies else 1)), *(end - first for end in ends if first < end < last)})
+        own, grads, *moments = (flat.tensor_split(cuts[1:]) for flat in (
+            self.part, self.part.grad, *self.moments.values()))
+        self.copies = list(zip(*(weight[first:last].tensor_split(cuts[1:]) for weight in copies)))
+        super().__init__([{**groups[bisect.bisect(ends, first + cut)], 'params': [p]} for cut, p in zip(cuts, own)],
+                         fused=True)
+        for p, p.grad, *state in zip(own, grads, *moments):
+            step = before[0].get('step', torch.zeros((), device=device)).clone()
+            self.state[p] = {'step': step, **dict(zip(self.moments, state))}
 
     @staticmethod
     def fits(model: GPT, plain: torch.optim.Optimizer) -> bool:
@@ -261,7 +292,11 @@ class FlatAdamW(torch.optim.AdamW):
     def average_and_clip(self, limit: float) -> torch.Tensor:
         """Make the gradients of this rank's part the mean over all ranks, and clip them; returns their norm before."""
         finish_gradients(self.model)
-        if self.ranks > 1:
+        if self.theirs:
+            self.meet()
+            for grad in self.theirs:
+                self.part.grad.add_(grad)
+        elif self.ranks > 1:
             reduce_scatter(self.part.grad, self.gradients)
         square = torch.linalg.vector_norm(self.part.grad).square()
         if self.ranks > 1:
@@ -271,10 +306,27 @@ class FlatAdamW(torch.optim.AdamW):
         return norm
 
     def step(self, closure: None = None) -> None:
-        super().step()
-        if self.ranks > 1:
-            all_gather(self.weights, self.part)
+        if self.beside:
+            groups, main = self.param_groups, torch.cuda.current_stream()
+            for group, copies in zip(groups, self.copies):
+                self.param_groups = [group]
+                super().step()
+                self.beside.wait_stream(main)
+                with torch.cuda.stream(self.beside):  # a piece is sent while the next one is updated
+                    for copy in copies:
+                        copy.copy_(*group['params'])
+            self.param_groups = groups
+            main.wait_stream(self.beside)
+            self.meet()
+        else:
+            super().step()
+            if self.ranks > 1:
+                all_gather(self.weights, self.part)
         renew_copies(self.model)
+
+    def meet(self) -> None:
+        """Let the GPU wait until those of all ranks are here; NCCL ends the run if one never comes."""
+        dist.all_reduce(torch.zeros((), device=self.part.device))
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.gradients.zero_()

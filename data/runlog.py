@@ -61,7 +61,7 @@ class RunLog:
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
         self.path, self.run, self.wandb_id = path, None, (wandb or {}).get('id')
-        self.undrawn, self.draw_at = False, time.perf_counter() + 20  # what is not in loss.png yet; when to draw again
+        self.undrawn, self.draw_at = False, time.perf_counter() + 60  # what is not in loss.png yet; when to draw again
         if path is None:
             return
         kept = _before(path, resumed_at) if resumed_at else []

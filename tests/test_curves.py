@@ -129,7 +129,7 @@ def test_a_run_draws(tmp_path, matplotlib, monkeypatch):
 
     real = curves.redraw
     monkeypatch.setattr(curves, 'redraw', lambda folder: real(folder) + 2)
-    assert [drawn_at(s) for s in (0, 10, 21, 22, 120, 122)] == [False, False, True, False, False, True]
+    assert [drawn_at(s) for s in (0, 30, 61, 62, 160, 162)] == [False, False, True, False, False, True]
     assert not drawn_at(400, 'train') and drawn_at(401, 'close') and not drawn_at(402, 'close')
 
 

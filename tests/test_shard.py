@@ -173,3 +173,43 @@ def test_every_rank_gets_as_many_evaluation_batches(dataset):
         alone = [x[:n].tolist() for x, y, n in bins.eval_batches('val', count, count)]
         assert sorted(sum(rows, [])) == sorted(sum(alone, []))
         assert all((y >= 0).any() for share in shares for x, y, n in share), 'a loss of nothing is NaN'
+
+
+EXCHANGE = """import runpy, sys
+sys.path.insert(0, {root!r})
+import fast
+fast.left_out.update({left_out})
+shared = fast.shared
+def told(n, device):
+    tensors = shared(n, device)
+    sys.stdout.write(f'{{len(tensors)}} tensors\\n')
+    sys.stdout.flush()
+    return tensors
+fast.shared = told
+sys.argv[0] = {root!r} + '/train.py'
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gpus_that_read_each_others_memory_do_as_nccl_does(dataset, tmp_path, dtype):
+    """To the last bit; two numbers have one sum. The model is cut within parameters, and has two groups of them."""
+    pytest.importorskip('fast', reason='fast.py was deleted')
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs two GPUs')
+    found = []
+    for tensors, left_out in ((2, []), (1, ['shared'])):
+        (tmp_path / 'exchange.py').write_text(EXCHANGE.format(root=ROOT, left_out=left_out))
+        out = tmp_path / str(tensors)
+        for max_iters in (15, 30):
+            done = torchrun(2, str(tmp_path / 'exchange.py'), *flags(**{
+                **RUN, 'dataset': dataset, 'out_dir': out, 'device': 'cuda', 'dtype': dtype, 'deterministic': True,
+                'max_iters': max_iters, 'init_from': 'auto', 'grad_clip': 0.5}))
+            assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
+            if tensors == 2 and done.stdout.count('1 tensors'):
+                pytest.skip('needs GPUs that NVLink joins')
+            assert done.stdout.count(f'{tensors} tensors') == 4
+        found.append(torch.load(out / 'ckpt.pt', weights_only=True))
+    assert distance(*found) == 0
