@@ -224,7 +224,8 @@ def shared(n: int, device: torch.device) -> list[torch.Tensor]:
     the memory of its own GPU: to read and write them there takes three quarters of NCCL's time."""
     global uncounted
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    with contextlib.suppress(ImportError, RuntimeError):  # another version of torch, a container that forbids it
+    # another version of torch, a GPU that other ranks do not see, a container that forbids it: NCCL will do
+    with contextlib.suppress(AttributeError, ImportError, IndexError, RuntimeError):
         here = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)  # all on one host
         if device.type == 'cuda' and ranks > 1 and here and 'shared' not in left_out:
             from torch._C._autograd import DeviceType
@@ -232,10 +233,11 @@ def shared(n: int, device: torch.device) -> list[torch.Tensor]:
             from torch.distributed import _symmetric_memory as symmetric
             links = _detect_dma_connectivity(DeviceType.CUDA, 'nvlink').matrix
             if all(links[a][b] for a, b in itertools.permutations(range(ranks), 2)):
+                os.environ.setdefault('TORCH_SYMM_MEM_DISABLE_MULTICAST', '1')  # not used here, and it may fail
                 before = torch.cuda.memory_allocated(device)
                 flat = symmetric.empty(n, device=device, dtype=torch.float32).zero_()
-                uncounted += flat.nbytes - (torch.cuda.memory_allocated(device) - before)
                 memory = symmetric.rendezvous(flat, dist.group.WORLD)
+                uncounted += flat.nbytes - (torch.cuda.memory_allocated(device) - before)
                 others = ((dist.get_rank() + i) % ranks for i in range(1, ranks))
                 return [flat, *(memory.get_buffer(rank, (n,), torch.float32) for rank in others)]
     return [torch.zeros(n, device=device)]
