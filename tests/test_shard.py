@@ -110,27 +110,47 @@ def test_from_two_to_four_sharded_to_one(script, dataset, tmp_path):
     assert len(losses[0]) == 30 and max(abs(a - b) for a, b in zip(*losses)) < 1e-5
 
 
-SHARED = """import runpy, sys
+SHARED = """import contextlib, itertools, os, runpy, sys
 sys.path.insert(0, {root!r})
-import fast
+import fast, torch
+import torch.distributed as dist
 plain = fast.for_training
 fast.for_training = lambda model, dtype, compiled, flat: plain(model, dtype, compiled, flat=False) or True
+numbers = itertools.count()
+
+class Stream:  # on a CPU all happens in the order it is written in
+    wait_stream = lambda *streams: None
+
+def of_all(n, device):
+    number, rank, ranks = next(numbers), dist.get_rank(), dist.get_world_size()
+    mine, *theirs = (os.path.join({folder!r}, f'{{ranks}}-{{number}}-{{(rank + i) % ranks}}') for i in range(ranks))
+    flat = torch.from_file(mine, shared=True, size=n).zero_()
+    dist.barrier()
+    return [flat, *(torch.from_file(path, shared=True, size=n) for path in theirs)]
+
+if {reach}:
+    fast.shared = of_all
+    torch.cuda.Stream = lambda device: Stream()
+    torch.cuda.current_stream, torch.cuda.stream = Stream, lambda stream: contextlib.nullcontext()
 sys.argv[0] = {root!r} + '/train.py'
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
 @pytest.mark.slow
-def test_ranks_that_share_the_optimizer(script, dataset, tmp_path):
-    """As they do on GPUs: from three ranks to two to one, it is the run of one with torch's AdamW."""
+@pytest.mark.parametrize('reach', [False, True])
+def test_ranks_that_share_the_optimizer(script, dataset, tmp_path, reach):
+    """As they do on GPUs: from three ranks to two to one, it is the run of one with torch's AdamW. By collectives, and
+    by memory that all ranks reach, which is here that of files."""
     pytest.importorskip('fast', reason='fast.py was deleted')
-    (tmp_path / 'shared.py').write_text(SHARED.format(root=ROOT))
+    (tmp_path / 'shared.py').write_text(SHARED.format(root=ROOT, folder=str(tmp_path), reach=reach))
     options = dict(gradient_accumulation_steps=6, grad_clip=0.5)
     plain, out = train(1, tmp_path / 'plain', script, dataset, **options), tmp_path / 'out'
     for ranks, max_iters in ((3, 10), (2, 20)):
         done = torchrun(ranks, str(tmp_path / 'shared.py'), *flags(**{
             **RUN, **options, 'dataset': dataset, 'out_dir': out, 'max_iters': max_iters, 'init_from': 'auto'}))
         assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
+        assert len(list(tmp_path.glob(f'{ranks}-*'))) == 2 * ranks * reach, 'gradients and weights of each rank'
     assert distance(train(1, out, script, dataset, **options, init_from='resume'), plain) < 1e-5
     norms = [[record['norm'] for record in records(folder)] for folder in (out, tmp_path / 'plain')]
     assert len(norms[0]) == 30 and norms[0] == pytest.approx(norms[1], rel=1e-4)
