@@ -221,25 +221,28 @@ uncounted = 0  # bytes that are in use and not in torch.cuda.memory_allocated()
 
 def shared(n: int, device: torch.device) -> list[torch.Tensor]:
     """n zeros; then, where NVLink joins the GPUs of all ranks, those of the other ranks, from the next one on, each in
-    the memory of its own GPU: to read and write them there takes three quarters of NCCL's time."""
+    the memory of its own GPU: to read and write them there takes two thirds to three quarters of NCCL's time."""
     global uncounted
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    # another version of torch, a GPU that other ranks do not see, a container that forbids it: NCCL will do
-    with contextlib.suppress(AttributeError, ImportError, IndexError, RuntimeError):
-        here = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)  # all on one host
-        if device.type == 'cuda' and ranks > 1 and here and 'shared' not in left_out:
-            from torch._C._autograd import DeviceType
+    one_host = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)
+    if device.type == 'cuda' and ranks > 1 and one_host and 'shared' not in left_out:
+        found, before = [], torch.cuda.memory_allocated(device)
+        # another version of torch, a GPU that other ranks do not see, a container that forbids it: NCCL will do
+        with contextlib.suppress(AttributeError, ImportError, IndexError, RuntimeError):
             from torch._C._distributed_c10d import _detect_dma_connectivity
             from torch.distributed import _symmetric_memory as symmetric
-            links = _detect_dma_connectivity(DeviceType.CUDA, 'nvlink').matrix
+            links = _detect_dma_connectivity(torch.autograd.DeviceType.CUDA, 'nvlink').matrix
             if all(links[a][b] for a, b in itertools.permutations(range(ranks), 2)):
                 os.environ.setdefault('TORCH_SYMM_MEM_DISABLE_MULTICAST', '1')  # not used here, and it may fail
-                before = torch.cuda.memory_allocated(device)
                 flat = symmetric.empty(n, device=device, dtype=torch.float32).zero_()
-                memory = symmetric.rendezvous(flat, dist.group.WORLD)
-                uncounted += flat.nbytes - (torch.cuda.memory_allocated(device) - before)
-                others = ((dist.get_rank() + i) % ranks for i in range(1, ranks))
-                return [flat, *(memory.get_buffer(rank, (n,), torch.float32) for rank in others)]
+                memory, rank = symmetric.rendezvous(flat, dist.group.WORLD), dist.get_rank()
+                found = [flat, *(memory.get_buffer((rank + i) % ranks, (n,), torch.float32) for i in range(1, ranks))]
+        agreed = torch.tensor(float(len(found)), device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        if agreed:
+            uncounted += found[0].nbytes - (torch.cuda.memory_allocated(device) - before)
+            return found
+        left_out.add('shared')  # no rank tries again
     return [torch.zeros(n, device=device)]
 
 
@@ -268,7 +271,8 @@ class FlatAdamW(torch.optim.AdamW):
         for p, weight, grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
             p.data, p.grad = weight.copy_(p.detach()), grad
         self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
-        self.theirs, self.beside = [grad[first:last] for grad in theirs], copies and torch.cuda.Stream(device)
+        self.theirs, self.one = [grad[first:last] for grad in theirs], torch.zeros((), device=device)
+        self.beside = torch.cuda.Stream(device) if copies else None
         # a piece is of one group, whose weights stand side by side; the more pieces, the sooner the first is sent
         ends = [self.starts[i] for i in itertools.accumulate(len(group['params']) for group in groups)][:-1]
         cuts = sorted({*range(0, n, n // (4 if copies else 1)), *(end - first for end in ends if first < end < last)})
@@ -302,13 +306,13 @@ class FlatAdamW(torch.optim.AdamW):
             reduce_scatter(self.part.grad, self.gradients)
         square = torch.linalg.vector_norm(self.part.grad).square()
         if self.ranks > 1:
-            dist.all_reduce(square)
+            dist.all_reduce(square)  # after this all have read, too
         norm = square.sqrt() / self.ranks
         self.part.grad.mul_((limit / (norm + 1e-6)).clamp(max=1) / self.ranks)
         return norm
 
     def step(self, closure: None = None) -> None:
-        if self.beside:
+        if self.copies:
             groups, main = self.param_groups, torch.cuda.current_stream()
             for group, copies in zip(groups, self.copies):
                 self.param_groups = [group]
@@ -327,8 +331,8 @@ class FlatAdamW(torch.optim.AdamW):
         renew_copies(self.model)
 
     def meet(self) -> None:
-        """Let the GPU wait until those of all ranks are here; NCCL ends the run if one never comes."""
-        dist.all_reduce(torch.zeros((), device=self.part.device))
+        """Let the GPU wait until those of all ranks are here; if one never comes, NCCL's timeout ends the run."""
+        dist.all_reduce(self.one)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.gradients.zero_()
