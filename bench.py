@@ -209,7 +209,7 @@ def estimate_gpus() -> None:
     compute    FLOPs at 0.707 of the peak, and 235 L C bytes of memory traffic a token: fitted to 124M and 1.5B on
                H200s; a third more with recompute=True
     optimizer  92 N bytes of memory traffic an update, fitted too; of 40 N each does its share, with shard=True of all
-    exchange   8 N (n - 1) / n bytes, a ring, in GPUS between those of a host (two thirds of NVLink, or PCIe 4), at
+    exchange   8 N (n - 1) / n bytes, in GPUS between those of a host (two thirds of NVLink, or PCIe 4), at
                40 GB/s between hosts of 8; with shard=True in every micro-step. Checked on H100s and H200s
     """
     vocab, tokens, wide = 50304, batch_size * block_size, n_layer * n_embd

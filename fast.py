@@ -225,25 +225,26 @@ def shared(n: int, device: torch.device) -> list[torch.Tensor]:
     global uncounted
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     one_host = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)
-    if device.type == 'cuda' and ranks > 1 and one_host and 'shared' not in left_out:
-        found, before = [], torch.cuda.memory_allocated(device)
-        # another version of torch, a GPU that other ranks do not see, a container that forbids it: NCCL will do
-        with contextlib.suppress(AttributeError, ImportError, IndexError, RuntimeError):
-            from torch._C._distributed_c10d import _detect_dma_connectivity
-            from torch.distributed import _symmetric_memory as symmetric
-            links = _detect_dma_connectivity(torch.autograd.DeviceType.CUDA, 'nvlink').matrix
-            if all(links[a][b] for a, b in itertools.permutations(range(ranks), 2)):
-                os.environ.setdefault('TORCH_SYMM_MEM_DISABLE_MULTICAST', '1')  # not used here, and it may fail
-                flat = symmetric.empty(n, device=device, dtype=torch.float32).zero_()
-                memory, rank = symmetric.rendezvous(flat, dist.group.WORLD), dist.get_rank()
-                found = [flat, *(memory.get_buffer((rank + i) % ranks, (n,), torch.float32) for i in range(1, ranks))]
-        agreed = torch.tensor(float(len(found)), device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        if agreed:
-            uncounted += found[0].nbytes - (torch.cuda.memory_allocated(device) - before)
-            return found
+    if device.type != 'cuda' or ranks == 1 or not one_host or 'shared' in left_out:
+        return [torch.zeros(n, device=device)]
+    found, before = [], torch.cuda.memory_allocated(device)
+    # another version of torch, a GPU that other ranks do not see, a container that forbids it: NCCL will do
+    with contextlib.suppress(AttributeError, ImportError, IndexError, RuntimeError):
+        from torch._C._distributed_c10d import _detect_dma_connectivity
+        from torch.distributed import _symmetric_memory as symmetric
+        links = _detect_dma_connectivity(torch.autograd.DeviceType.CUDA, 'nvlink').matrix
+        if all(links[a][b] for a, b in itertools.permutations(range(ranks), 2)):
+            os.environ.setdefault('TORCH_SYMM_MEM_DISABLE_MULTICAST', '1')  # not used here, and it may fail
+            flat = symmetric.empty(n, device=device, dtype=torch.float32).zero_()
+            memory, rank = symmetric.rendezvous(flat, dist.group.WORLD), dist.get_rank()
+            found = [flat, *(memory.get_buffer((rank + i) % ranks, (n,), torch.float32) for i in range(1, ranks))]
+    agreed = torch.tensor(float(len(found)), device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    if not agreed:
         left_out.add('shared')  # no rank tries again
-    return [torch.zeros(n, device=device)]
+        return [torch.zeros(n, device=device)]
+    uncounted += found[0].nbytes - (torch.cuda.memory_allocated(device) - before)
+    return found
 
 
 class FlatAdamW(torch.optim.AdamW):

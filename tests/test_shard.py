@@ -72,24 +72,31 @@ def test_sharded_and_recomputed_runs_are_the_plain_one(script, dataset, tmp_path
     assert distance(train(processes, tmp_path / 'other', script, dataset, **options), plain) < 1e-5
 
 
+def around_train(tmp_path, code: str) -> str:
+    """A program for torchrun, its path: it runs the code, then train.py, with the on_step that the code defines."""
+    (tmp_path / 'around.py').write_text(f"""import runpy, sys
+sys.path.insert(0, {ROOT!r})
+on_step = lambda step, model: None
+{code}
+sys.argv[0] = {os.path.join(ROOT, 'train.py')!r}
+runpy.run_path(sys.argv[0], init_globals={{'on_step': on_step}}, run_name='__main__')
+""")
+    return str(tmp_path / 'around.py')
+
+
 LOCAL = """
-import runpy, sys
-sys.path.insert(0, {root!r})
 def on_step(step, model):
     sizes = [(p.to_local().numel(), p.numel()) for p in model.parameters()]
     here, whole = map(sum, zip(*sizes))
-    sys.stdout.write(f'of {{whole}} here {{here}}\\n')  # at once: two ranks write to one pipe
+    sys.stdout.write(f'of {whole} here {here}\\n')  # at once: two ranks write to one pipe
     sys.stdout.flush()
-sys.argv[0] = {root!r} + '/train.py'
-runpy.run_path(sys.argv[0], init_globals={{'on_step': on_step}}, run_name='__main__')
 """
 
 
 @pytest.mark.slow
 def test_each_rank_keeps_a_part_and_tied_weights_are_saved_once(dataset, tmp_path):
-    (tmp_path / 'local.py').write_text(LOCAL.format(root=ROOT))
-    done = torchrun(2, str(tmp_path / 'local.py'), *flags(**{**RUN, 'dataset': dataset, 'out_dir': tmp_path / 'out',
-                                                            'max_iters': 1, 'shard': True}))
+    done = torchrun(2, around_train(tmp_path, LOCAL), *flags(**{**RUN, 'dataset': dataset, 'out_dir': tmp_path / 'out',
+                                                               'max_iters': 1, 'shard': True}))
     sizes = re.findall(r'^of (\d+) here (\d+)$', done.stdout, re.MULTILINE)
     assert len(sizes) == 2 and len({n for n, _ in sizes}) == 1, done.stderr
     whole, parts = int(sizes[0][0]), [int(part) for _, part in sizes]
@@ -110,8 +117,8 @@ def test_from_two_to_four_sharded_to_one(script, dataset, tmp_path):
     assert len(losses[0]) == 30 and max(abs(a - b) for a, b in zip(*losses)) < 1e-5
 
 
-SHARED = """import contextlib, itertools, os, runpy, sys
-sys.path.insert(0, {root!r})
+SHARED = """
+import contextlib, itertools, os
 import fast, torch
 import torch.distributed as dist
 plain = fast.for_training
@@ -123,17 +130,15 @@ class Stream:  # on a CPU all happens in the order it is written in
 
 def of_all(n, device):
     number, rank, ranks = next(numbers), dist.get_rank(), dist.get_world_size()
-    mine, *theirs = (os.path.join({folder!r}, f'{{ranks}}-{{number}}-{{(rank + i) % ranks}}') for i in range(ranks))
+    mine, *theirs = (os.path.join(folder, f'{ranks}-{number}-{(rank + i) % ranks}') for i in range(ranks))
     flat = torch.from_file(mine, shared=True, size=n).zero_()
     dist.barrier()
     return [flat, *(torch.from_file(path, shared=True, size=n) for path in theirs)]
 
-if {reach}:
+if folder:
     fast.shared = of_all
     torch.cuda.Stream = lambda device: Stream()
     torch.cuda.current_stream, torch.cuda.stream = Stream, lambda stream: contextlib.nullcontext()
-sys.argv[0] = {root!r} + '/train.py'
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
@@ -143,11 +148,11 @@ def test_ranks_that_share_the_optimizer(script, dataset, tmp_path, reach):
     """As they do on GPUs: from three ranks to two to one, it is the run of one with torch's AdamW. By collectives, and
     by memory that all ranks reach, which is here that of files."""
     pytest.importorskip('fast', reason='fast.py was deleted')
-    (tmp_path / 'shared.py').write_text(SHARED.format(root=ROOT, folder=str(tmp_path), reach=reach))
+    program = around_train(tmp_path, f'folder = {str(tmp_path) if reach else None!r}\n{SHARED}')
     options = dict(gradient_accumulation_steps=6, grad_clip=0.5)
     plain, out = train(1, tmp_path / 'plain', script, dataset, **options), tmp_path / 'out'
     for ranks, max_iters in ((3, 10), (2, 20)):
-        done = torchrun(ranks, str(tmp_path / 'shared.py'), *flags(**{
+        done = torchrun(ranks, program, *flags(**{
             **RUN, **options, 'dataset': dataset, 'out_dir': out, 'max_iters': max_iters, 'init_from': 'auto'}))
         assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
         assert len(list(tmp_path.glob(f'{ranks}-*'))) == 2 * ranks * reach, 'gradients and weights of each rank'
@@ -195,19 +200,15 @@ def test_every_rank_gets_as_many_evaluation_batches(dataset):
         assert all((y >= 0).any() for share in shares for x, y, n in share), 'a loss of nothing is NaN'
 
 
-EXCHANGE = """import runpy, sys
-sys.path.insert(0, {root!r})
+EXCHANGE = """
 import fast
-fast.left_out.update({left_out})
 shared = fast.shared
 def told(n, device):
     tensors = shared(n, device)
-    sys.stdout.write(f'{{len(tensors)}} tensors\\n')
+    sys.stdout.write(f'{len(tensors)} tensors\\n')
     sys.stdout.flush()
     return tensors
 fast.shared = told
-sys.argv[0] = {root!r} + '/train.py'
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
@@ -220,11 +221,11 @@ def test_gpus_that_read_each_others_memory_do_as_nccl_does(dataset, tmp_path, dt
     if torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
     found = []
-    for tensors, left_out in ((2, []), (1, ['shared'])):
-        (tmp_path / 'exchange.py').write_text(EXCHANGE.format(root=ROOT, left_out=left_out))
+    for tensors, code in ((2, EXCHANGE), (1, EXCHANGE + "fast.left_out.add('shared')")):
+        program = around_train(tmp_path, code)
         out = tmp_path / str(tensors)
         for max_iters in (15, 30):
-            done = torchrun(2, str(tmp_path / 'exchange.py'), *flags(**{
+            done = torchrun(2, program, *flags(**{
                 **RUN, 'dataset': dataset, 'out_dir': out, 'device': 'cuda', 'dtype': dtype, 'deterministic': True,
                 'max_iters': max_iters, 'init_from': 'auto', 'grad_clip': 0.5}))
             assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
