@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import checkpoint as ckpt, codec, leave, unlock, versions
 from data.bins import Bins, draw
-from data.ranks import Stop, agreed, join_ranks, launched
+from data.ranks import Stop, agreed, join_ranks, launched, mean_over_ranks
 from data.runlog import RunLog, Stopwatch, claim
 from model import GPT, PUBLISHED, GPTConfig
 
@@ -191,7 +191,7 @@ model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True) if ddp 
 
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 mean_loss = torch.zeros((), device=device)  # of this rank, over the micro-steps of an update
-norms = []  # of the gradients since the last check_finite(), still on the device
+norms = []  # of the gradients since the last check_finite()
 
 
 def to_device(tensor):
@@ -233,6 +233,8 @@ if capture:
 
 def update(step):
     """Gradients from all micro-steps, then a step of the optimizer; returns their norm, still on the device."""
+    for group in optimizer.param_groups:
+        group['lr'] = group['lr'].fill_(lr_at(step)) if capture else lr_at(step)  # captured: always the same tensor
     mean_loss.zero_()
     for m in range(micro_steps):
         part = m * world_size + rank  # which of the gradient_accumulation_steps micro-batches of this update
@@ -258,14 +260,6 @@ def lr_at(step):
 
 # -- 5 evaluate, save, stop -----------------------------------------------------------------------------------------
 
-def mean_over_ranks(*values):
-    """Each value averaged over all processes, as floats; waits for the device."""
-    mean = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]) / world_size
-    if ddp:
-        dist.all_reduce(mean)
-    return mean.tolist()
-
-
 @torch.no_grad()
 def evaluate():
     """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
@@ -282,7 +276,7 @@ def evaluate():
             with autocast():
                 sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
-    return {split: mean * world_size / count for split, mean in zip(sums, mean_over_ranks(*sums.values()))}
+    return {split: mean * world_size / count for split, mean in zip(sums, mean_over_ranks(*sums.values())())}
 
 
 def save(name):
@@ -292,7 +286,7 @@ def save(name):
         return
     say(f'saving checkpoint to {out_dir}')
     for group in state['optimizer']['param_groups']:
-        group.update(lr=lr, capturable=False)  # in the file a number, where a CUDA graph needs a tensor
+        group.update(lr=lr_at(iter_num), capturable=False)  # in the file a number, where a CUDA graph needs a tensor
     ckpt.save(os.path.join(out_dir, name), {
         **state, 'model_args': model_args, 'dtype': dtype, 'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config, 'gelu': raw_model.config.gelu, 'codec': bins.state, 'data': bins.digests,
@@ -312,7 +306,7 @@ def leave_together(status=0):
 
 def check_finite(*losses):
     """End the run on all ranks, without a save, if one of `losses`, or of the norms since last time, is not finite."""
-    norm_at = dict(enumerate(torch.stack(norms).tolist() if norms else (), iter_num - len(norms)))
+    norm_at = dict(enumerate(map(float, norms), iter_num - len(norms)))
     norms.clear()
     # float16: the scaler skips such an update and lowers its scale, which is normal while that is at least 1
     bad = [] if scaler.is_enabled() else [step for step, norm in norm_at.items() if not math.isfinite(norm)]
@@ -334,14 +328,34 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or 
 stop.listen()
 saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
+stops, read = False, None  # whether to stop; what waits for the numbers of the last update, if it is to be logged
 
 while not nothing_to_do:  # every end is a break below
-    lr = lr_at(iter_num)
-    for group in optimizer.param_groups:
-        group['lr'] = group['lr'].fill_(lr) if capture else lr  # captured: always the same tensor
+    stops = stops or (bool(stop) and not ddp)  # several ranks agree on it where they log
+    evaluates = iter_num % eval_interval == 0 or iter_num == max_iters or eval_only
+    # a small model's next update begins before the last one is logged, so that the GPU never waits for that
+    ahead = update(iter_num) if capture and not evaluates and not stops else None
+
+    # log
+    if read:
+        loss, told, *norms[:] = read()
+        read, stops, norm = None, stops or told > 0, norms[-1]
+        check_finite(loss)
+        dt = watch.lap(iter_num)
+        say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
+            f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
+        log.write('train', iter=iter_num - 1, loss=loss, lr=lr_at(iter_num - 1), norm=norm, ms=dt * 1000,
+                  tok_s=tokens_per_iter / dt)
+
+    # stop; after the last update there is an evaluation and a save anyway
+    if stops and ahead is None and saved_at < iter_num < max_iters:
+        check_finite()
+        save('ckpt.pt' if always_save_checkpoint else 'last.pt')
+        say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
+        break
 
     # evaluate and save
-    if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
+    if evaluates:
         check_finite()
         with watch.paused():
             losses = evaluate()
@@ -355,29 +369,15 @@ while not nothing_to_do:  # every end is a break below
             if iter_num > saved_at or (improved and resumed):
                 save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
                 saved_at = iter_num
-            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                                 'mfu': 100 * watch.mfu})
+            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+                                 'lr': lr_at(iter_num), 'mfu': 100 * watch.mfu})
     if iter_num >= max_iters:
         break
 
-    norms.append(update(iter_num))
+    norms.append(update(iter_num) if ahead is None else ahead)
     iter_num += 1
     on_step(iter_num, raw_model)
-
-    # log; with several ranks, `stops` is set only here: to the share of ranks that were told to stop, 0 for none
-    stops = bool(stop) and not ddp
     if (iter_num - 1) % log_interval == 0:
-        norm = float(norms[-1])  # before check_finite clears them
-        loss, stops = mean_over_ranks(mean_loss, float(bool(stop)))
-        check_finite(loss)
-        dt = watch.lap(iter_num)
-        say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
-            f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
-        log.write('train', iter=iter_num - 1, loss=loss, lr=lr, norm=norm, ms=dt * 1000, tok_s=tokens_per_iter / dt)
-    if stops and iter_num < max_iters:  # after the last update the loop ends by itself, with an evaluation and a save
-        check_finite()
-        save('ckpt.pt' if always_save_checkpoint else 'last.pt')
-        say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
-        break
+        read = mean_over_ranks(mean_loss, torch.full_like(mean_loss, bool(stop)), *norms)
 
 leave_together()

@@ -104,6 +104,20 @@ def agreed(what: dict, digests: dict, model) -> None:
                                 'need the same options, data and checkpoint')
 
 
+def mean_over_ranks(*values):
+    """Average tensors of one number over all processes. Returns a function that waits for the means, and gives them as
+    floats: called later, it does not wait for what a GPU was told to do in between."""
+    import torch
+    import torch.distributed as dist
+    mean = torch.stack(values)
+    if dist.is_initialized():
+        dist.all_reduce(mean.div_(dist.get_world_size()))
+    if not mean.is_cuda:
+        return mean.tolist
+    mean, there = mean.to('cpu', non_blocking=True), torch.cuda.current_stream().record_event()
+    return lambda: there.synchronize() or mean.tolist()
+
+
 class Stop:
     """
     Whether the process has been asked for an orderly end, as its truth value: by SIGTERM, SIGINT, SIGUSR1 (Slurm warns
