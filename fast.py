@@ -17,13 +17,15 @@ Which part gains what: how much longer things take without it (all figures, mach
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
     PolynomialGELU, AddingEmbeddings        the same: 2%, 0.5%, and 2 s of compiling before the first update
     shared                                  on each of two GPUs one micro-step of these: 3%
-    CPUDropout, CPUAttention                6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
+    Dropout16, CPUAttention                 6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
+    Dropout16 on a GPU                      6 layers of 384, compiled: 2%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
     FusedLoss on a CPU, kept memory         together, with GPT-2's vocabulary: 86%, and a third more memory
     loading                                 a second when sample.py starts
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -31,6 +33,8 @@ import os
 import threading
 
 gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
+atexit.register(gc.freeze)  # nor does Python look for it at the end, which would take a second or two
+os.environ.setdefault('TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD', '1')  # a second start finds ours, too
 with contextlib.suppress(OSError, ValueError):  # Linux
     running = int(open('/proc/loadavg').read().split()[3].partition('/')[0])  # threads of all programs, at this moment
     # a thread that waits for others keeps its core for a moment, but not where other programs want it
@@ -39,13 +43,12 @@ with contextlib.suppress(OSError, ValueError):  # Linux
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(quota // period, len(os.sched_getaffinity(0))))))
 with contextlib.suppress(OSError):  # where there is CUDA; its driver starts while torch is imported
     threading.Thread(target=ctypes.CDLL('libcuda.so.1').cuInit, args=(0,), daemon=True).start()
-    os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # a pool of processes is ready after the few kernels
 
 import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -59,6 +62,10 @@ try:
     import triton.language as tl
 except ImportError:  # a build of torch without CUDA
     triton = None
+if triton and torch.cuda.is_available():
+    with contextlib.suppress(ImportError):  # a checksum of all of Triton, by which it finds kernels again: 0.4 s
+        from triton.runtime.cache import triton_key
+        threading.Thread(target=triton_key, daemon=True).start()
 
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: keep up to 1 GB of freed memory, since what is
     for option in (-3, -1):  # given back to the system comes again page by page (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
@@ -77,7 +84,7 @@ def for_training(model: GPT, dtype: torch.dtype, compiled: bool, flat: bool) -> 
     cpu, cuda, half = device.type == 'cpu', device.type == 'cuda', dtype.itemsize == 2
     kernels = (cuda and compiled) or triton_works(device)
     wanted = {AddingEmbeddings: flat and kernels, BFloat16Stream: dtype == torch.bfloat16, FusedLoss: cpu or kernels,
-              CPUDropout: cpu, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
+              Dropout16: cpu or kernels, CPUAttention: cpu, PolynomialGELU: cuda and compiled and half}
     parts = [part for part, pays in wanted.items() if pays and part.__name__ not in left_out]
     # the loss has nothing to be fused with; finding that out would take the compiler seconds
     model.cross_entropy = torch.compiler.disable(FusedCrossEntropy.apply) if compiled else FusedCrossEntropy.apply
@@ -99,13 +106,13 @@ class BFloat16Stream(GPT):
         return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x
 
 
-class CPUDropout(nn.Dropout):
-    """nn.Dropout, which draws 16 random bits an element, four elements at once: a fifth of the time on a CPU."""
+class Dropout16(nn.Dropout):
+    """nn.Dropout, which draws 16 random bits an element, four elements at once: on a CPU a fifth of the time."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and self.p > 0):
-            return x
-        bits = torch.randint(-1 << 63, (1 << 63) - 1, (-(-x.numel() // 4),)).view(torch.int16)
+        if not (self.training and self.p > 0) or x.is_cuda and not torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.randint(-1 << 63, (1 << 63) - 1, (-(-x.numel() // 4),), device=x.device).view(torch.int16)
         dropped = min(round(self.p * (1 << 16)), (1 << 16) - 1)  # of the 1 << 16 values
         kept = bits[:x.numel()].view(x.shape) >= dropped - (1 << 15)
         return x * kept.to(x.dtype).mul_((1 << 16) / ((1 << 16) - dropped))
@@ -168,7 +175,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         logits, losses, N, V = x @ weight.t(), torch.empty(len(x), device=x.device), len(x), len(weight)
         if x.is_cuda:  # one kernel, a program for each row
             lanes = min(2048, max(32, triton.next_power_of_2(V) // 8))
-            loss_kernel[N,](logits, targets, losses, logits.stride(0), V, lanes, num_warps=max(1, lanes // 64))
+            loss_kernel[N,](logits, targets, losses, V, lanes, num_warps=max(1, lanes // 64))
         else:  # as many rows at a time as a cache holds
             for part, target, loss in zip(*(t.split(max(1, (1 << 21) // V)) for t in (logits, targets, losses))):
                 log_p, at = part.float().log_softmax(1), target.clamp(min=0)[:, None]
@@ -285,6 +292,7 @@ class FlatAdamW(torch.optim.AdamW):
         for p, p.grad, *state in zip(own, grads, *moments):
             step = before[0].get('step', torch.zeros((), device=device)).clone()
             self.state[p] = {'step': step, **dict(zip(self.moments, state))}
+        renew_copies(model)
 
     @staticmethod
     def fits(model: GPT, plain: torch.optim.Optimizer) -> bool:
@@ -362,33 +370,47 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def add_gradients(model: GPT, dtype: torch.dtype) -> None:
-    """Let the Linears of a model add to their gradients by themselves."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = AddingLinear
-            module.weight16, module.norm = torch.empty_like(module.weight, dtype=dtype), None
-    for block in model.transformer.h:
+    """Let the Linears of a model add to their gradients by themselves; a FlatAdamW must follow."""
+    blocks = model.transformer.h
+    model.alike = [*zip(*([m for m in block.modules() if type(m) is nn.Linear] for block in blocks)), (model.lm_head,)]
+    for layers in model.alike:  # those at one place in all blocks
+        copies = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape, dtype=dtype)
+        for layer, layer.weight16 in zip(layers, copies):
+            layer.__class__, layer.norm = AddingLinear, None
+    for block in blocks:
         for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
             if norm.bias is None and 'FoldedLayerNorm' not in left_out:
                 norm.__class__, layer.__dict__['norm'] = FoldedLayerNorm, norm  # no submodule: checkpoints list those
-    renew_copies(model)
+
+
+def stacked(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape at equal distances in one memory, seen as one, (n, ...): one kernel does for all of them."""
+    first, *others = tensors
+    step = others[0].storage_offset() - first.storage_offset() if others else 0
+    stack = first.as_strided((1 + len(others), *first.shape), (step, *first.stride()))
+    assert all(t.shape == first.shape and t.data_ptr() == s.data_ptr() for t, s in zip(others, stack[1:]))
+    return stack
 
 
 @torch.no_grad()
 def renew_copies(model: GPT) -> None:
     """Copy the weights of AddingLinears in 16 bits, each times the weight of the LayerNorm that was folded into it."""
-    for layer in model.modules():
-        if type(layer) is AddingLinear:
-            torch.mul(layer.weight, layer.norm.weight if layer.norm else 1, out=layer.weight16)
+    for layers in vars(model).get('alike', ()):
+        weights, copies = stacked(layer.weight for layer in layers), stacked(layer.weight16 for layer in layers)
+        if layers[0].norm:
+            torch.mul(weights, stacked(layer.norm.weight for layer in layers)[:, None], out=copies)
+        else:
+            copies.copy_(weights)
 
 
 @torch.no_grad()
 def finish_gradients(model: GPT) -> None:
     """By the product rule, make of the gradient of weight * norm.weight, in weight.grad, those of its factors."""
-    for layer in model.modules():
-        if type(layer) is AddingLinear and layer.norm:
-            torch.sum(layer.weight * layer.weight.grad, 0, out=layer.norm.weight.grad)
-            layer.weight.grad.mul_(layer.norm.weight)
+    for layers in vars(model).get('alike', ()):
+        if layers[0].norm:
+            norms, grads = [layer.norm.weight for layer in layers], stacked(layer.weight.grad for layer in layers)
+            torch.sum(stacked(layer.weight for layer in layers) * grads, 1, out=stacked(norm.grad for norm in norms))
+            grads.mul_(stacked(norms)[:, None])
 
 
 class AddingLinear(nn.Linear):
@@ -694,10 +716,10 @@ if triton:
         return tl.exp2(x * 1.4426950408889634 - bound * 1.4426950408889634)
 
     @triton.jit
-    def loss_kernel(logits, targets, losses, stride, V, LANES: tl.constexpr):
+    def loss_kernel(logits, targets, losses, V, LANES: tl.constexpr):
         """The loss of one row of logits, which become softmax less one-hot, or 0 where the target is -1."""
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
-        logits, target = logits + row * stride, tl.load(targets + row)
+        logits, target = logits + row * V, tl.load(targets + row)
         known, wanted = (target >= 0) & (target < V), target != -1
         hit = tl.load(logits + target, known, float('nan')).to(tl.float32)  # the loss of an unknown id is NaN
         # each lane's softmax so far, from a power of two on: -inf less -inf would be NaN, and this does not round

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.runlog import RunLog
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache
 from tests import test_generate
 from tests.conftest import ROOT, TINY, flags, run
@@ -22,7 +24,7 @@ from tests.test_model import SMALL, ids, small
 from tests.test_train import out_dir, records, train  # noqa: F401
 
 fast = pytest.importorskip('fast', reason='fast.py was deleted')
-CPUAttention, CPUDropout, FusedCrossEntropy = fast.CPUAttention, fast.CPUDropout, fast.FusedCrossEntropy
+CPUAttention, Dropout16, FusedCrossEntropy = fast.CPUAttention, fast.Dropout16, fast.FusedCrossEntropy
 GELUByPolynomial, captured, triton_works = fast.GELUByPolynomial, fast.captured, fast.triton_works
 cuda = pytest.mark.gpu
 GPU = {**TINY, 'device': 'cuda', 'dtype': 'bfloat16'}
@@ -46,12 +48,12 @@ def test_on_a_cpu_names_parameters_and_evaluation_stay(dtype):
     assert fast.for_training(net, dtype, compiled=False, flat=True) is False
     assert [name for name, _ in net.named_parameters()] == names and isinstance(net, GPT)
     kinds = {type(module) for module in net.modules()}
-    assert {CPUDropout, CPUAttention} < kinds and not {nn.Dropout, CausalSelfAttention} & kinds
+    assert {Dropout16, CPUAttention} < kinds and not {nn.Dropout, CausalSelfAttention} & kinds
     assert torch.equal(net(x, x)[0], twin(x, x)[0])
 
 
 def test_parts_can_be_left_out(monkeypatch):
-    monkeypatch.setattr(fast, 'left_out', {'CPUDropout', 'BFloat16Stream'})
+    monkeypatch.setattr(fast, 'left_out', {'Dropout16', 'BFloat16Stream'})
     net = small(dropout=0.1)
     fast.for_training(net, torch.bfloat16, compiled=False, flat=True)
     kinds = {type(module) for module in net.modules()}
@@ -111,7 +113,7 @@ class WrittenOut(CausalSelfAttention):
 def test_attention_on_a_cpu_is_the_formula(dtype, dropout):
     config = GPTConfig(**SMALL, dropout=dropout)
     ours, twin = CPUAttention(config), WrittenOut(config)
-    ours.attn_dropout = twin.attn_dropout = CPUDropout(dropout)
+    ours.attn_dropout = twin.attn_dropout = Dropout16(dropout)
     q, k, v = torch.randn(3, 2, 2, 16, 16, dtype=torch.float64).to(dtype)
     torch.manual_seed(5)
     y = ours.attend(q, k, v)
@@ -153,7 +155,7 @@ def test_fast_gelu_rounds_to_16_bits():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('p', [0.2, 0.9, 1e-9, 1 - 1e-9])
 def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
-    x, module = torch.ones(301, 1003, dtype=dtype, requires_grad=True), CPUDropout(p)
+    x, module = torch.ones(301, 1003, dtype=dtype, requires_grad=True), Dropout16(p)
     torch.manual_seed(3)
     y, another = module(x), module(x)
     kept = (y != 0).double()
@@ -175,14 +177,30 @@ def test_dropout_on_a_cpu_drops_this_share_and_keeps_the_mean(p, dtype):
 
 
 @pytest.mark.slow
-def test_compiled_dropout_on_a_cpu_drops_this_share():
-    module, x = torch.compile(CPUDropout(0.25), fullgraph=True), torch.ones(1001, 999)
+@pytest.mark.parametrize('device', DEVICES)
+def test_compiled_dropout_drops_this_share(device):
+    module, x = torch.compile(Dropout16(0.25), fullgraph=True), torch.ones(1001, 999, device=device, requires_grad=True)
     y, another = module(x), module(x)
-    kept = (y != 0).double().flatten()
+    kept, others = ((t != 0).double().flatten() for t in (y, another))
     for each in (kept, *(kept[i::4] for i in range(4))):
         assert abs(each.mean() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / len(each))
     assert set(y.unique().tolist()) == {0.0, y.max().item()} and y.max().item() == pytest.approx(4 / 3)
-    assert not torch.equal(y, another)
+    for other in (others, *(kept.roll(lag) for lag in (1, 2, 3, 4, 999))):
+        correlation = torch.corrcoef(torch.stack((kept, other)))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(x.numel()), 'elements are dropped independently'
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()), 'and the gradient by the same mask'
+
+
+def test_tensors_at_equal_distances_are_seen_as_one():
+    flat = torch.arange(60.)
+    parts = [flat[i:i + 6].view(2, 3) for i in (4, 24, 44)]
+    stack = fast.stacked(parts)
+    assert torch.equal(stack, torch.stack(parts)) and stack.data_ptr() == parts[0].data_ptr()
+    assert torch.equal(fast.stacked(parts[:1]), parts[0][None])
+    for others in ([flat[:6], flat[10:16], flat[21:27]], [flat[:6], flat[10:17]], [flat[:6], torch.zeros(6)]):
+        with pytest.raises(AssertionError):
+            fast.stacked(others)
 
 
 # -- training: one tensor of gradients ------------------------------------------------------------------------------
@@ -313,6 +331,63 @@ def test_train_py_with_one_tensor_of_gradients_trains_alike(train, out_dir, monk
     assert others == pytest.approx(norms, rel=0.02)
     for name, p in wanted.items():
         assert (ours[name] - p).norm() < 0.25 * (p - (1 if p.dim() == 1 else 0)).norm(), name
+
+
+def test_the_next_update_begins_before_the_last_is_logged(train, out_dir, monkeypatch):  # noqa: F811
+    """Where updates are captured, but not across an evaluation or the end; nothing is logged twice or left out."""
+    def recorded(function, device, warm=1):
+        def call(*args):
+            if function.__name__ == 'clip_and_step':
+                happened.append('update')
+            return function(*args)
+        return call
+
+    def write(log, kind, **record):
+        happened.append(kind)
+        return plain(log, kind, **record)
+
+    plain, happened = RunLog.write, []
+    straight = train()
+    wanted = records(out_dir, 'train')
+    monkeypatch.setattr(fast, 'for_training', lambda model, dtype, compiled, flat: flat)
+    monkeypatch.setattr(fast, 'captured', recorded)
+    monkeypatch.setattr(RunLog, 'write', write)
+    two = ['update', 'update', 'train', 'train']
+    four = ['update', *3 * ['update', 'train'], 'train']
+    stopped = train(on_step=lambda step, model: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    assert stopped.code == 0 and latest(out_dir)['iter_num'] == 6
+    assert happened == ['run', 'eval', *four, 'eval', *two]
+    happened.clear()
+    done = train(init_from='resume')
+    assert happened == ['run', *two, 'eval']
+    ours = records(out_dir, 'train')
+    assert [r['iter'] for r in ours] == list(range(8)) and straight.names['iter_num'] == done.names['iter_num'] == 8
+    for name in ('loss', 'norm', 'lr'):
+        assert [r[name] for r in ours] == pytest.approx([r[name] for r in wanted], rel=1e-5)
+
+
+def test_no_garbage_is_looked_for_at_the_end():
+    code = ('import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count() > 100_000))\n'
+            'import fast\nassert not gc.get_freeze_count()')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == 'True\n', done.stderr
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_what_the_first_compiled(tmp_path):
+    """The backward pass of our functions, too; and not that of another function of the same name."""
+    code = '\n'.join((
+        'import fast, torch', 'from torch._dynamo.utils import counters',
+        'x = torch.randn(64, requires_grad=True)', 'gelu = fast.GELUByPolynomial',
+        'gelu.backward = staticmethod(lambda ctx, grad: 2 * grad) if OTHER else gelu.backward',
+        'torch.compile(gelu.apply)(x).sum().backward()',
+        'print(*(counters["aot_autograd"][f"autograd_cache_{how}"] for how in ("hit", "miss", "bypass")))',
+        'print(x.grad[0].item() == 2)'))
+    env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    for other, wanted in (('0', '0 1 0\nFalse\n'), ('0', '1 0 0\nFalse\n'), ('1', '0 1 0\nTrue\n')):
+        done = subprocess.run([sys.executable, '-c', code.replace('OTHER', other)], cwd=ROOT, env=env, timeout=120,
+                              capture_output=True, text=True)
+        assert done.stdout == wanted, done.stderr
 
 
 @cuda
