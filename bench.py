@@ -5,7 +5,7 @@ Time what train.py and sample.py really do, beside what the hardware can do. Not
     python bench.py --real_data=False --compare=True      on random tokens, and transformers' GPT-2 beside it
     python bench.py --real_data=False --profile=True      where the time goes; a trace in bench_profile/trace.json
     python bench.py --mode=sample --batch_size=1          tokens per second of generation
-    python bench.py --without=FusedLoss,Dropout16        without these parts of fast.py; --without=fast: without all
+    python bench.py --without=FusedLoss,Dropout16         without these parts of fast.py; --without=fast: without all
     python bench.py --estimate=True --gpu=H100            what a shape would take on 1, 2, 8, 64 of them; runs nothing
     torchrun --standalone --nproc_per_node=8 bench.py --real_data=False --gradient_accumulation_steps=8      scaling
     python bench.py --real_data=False --compile=False --batch_size=2 --block_size=128 --n_layer=4     a minute on a CPU

@@ -79,6 +79,8 @@ vocab_size = model.config.vocab_size
 if tokenizer.vocab_size > vocab_size or (tokenizer.end_of_text is None and tokenizer.vocab_size != vocab_size):
     fail(f'the model has {vocab_size} token ids, its tokenizer ({tokenizer.name}) {tokenizer.vocab_size}: no match')
 number_format = getattr(torch, dtype)
+if device.startswith('cuda:'):
+    torch.cuda.set_device(device)  # on which kernels run
 model.eval().to(device, number_format)
 
 # -- prompt, samples ------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ end_if_wrong()  # with a line for each mistake above
 
 device_type = device.partition(':')[0]
 os.environ |= {'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'NCCL_ALGO': 'Ring'} if deterministic else {}  # one order of sums
-device, backend = join_ranks(device, backend, local_rank) if ddp else (device, backend)
+device, backend = join_ranks(ddp, device, backend, local_rank)
 params = 12 * n_layer * n_embd ** 2 + block_size * n_embd  # without wte; each with a gradient and two moments: 16 bytes
 least = 16 * params // (world_size if shard else 1) + 2 * n_layer * n_embd * batch_size * block_size  # and activations
 least += 8 * batch_size * max(eval_iters, gradient_accumulation_steps)  # random numbers for the places of sequences
@@ -232,7 +232,7 @@ if capture:
 
 
 def update(step):
-    """Gradients from all micro-steps, then a step of the optimizer; returns their norm, still on the device."""
+    """Set the rate, sum gradients over all micro-steps, step the optimizer; returns their norm, still on the device."""
     for group in optimizer.param_groups:
         group['lr'] = group['lr'].fill_(lr_at(step)) if capture else lr_at(step)  # captured: always the same tensor
     mean_loss.zero_()
@@ -276,7 +276,8 @@ def evaluate():
             with autocast():
                 sums[split] += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
-    return {split: mean * world_size / count for split, mean in zip(sums, mean_over_ranks(*sums.values())())}
+    means = mean_over_ranks(*sums.values())()
+    return {split: mean * world_size / count for split, mean in zip(sums, means)}
 
 
 def save(name):
@@ -328,18 +329,19 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or 
 stop.listen()
 saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
-stops, read = False, None  # whether to stop; what waits for the numbers of the last update, if it is to be logged
+stops, numbers = False, None  # whether to end; if the last update is to be logged, what waits for its loss and norm
 
 while not nothing_to_do:  # every end is a break below
     stops = stops or (bool(stop) and not ddp)  # several ranks agree on it where they log
     evaluates = iter_num % eval_interval == 0 or iter_num == max_iters or eval_only
-    # a small model's next update begins before the last one is logged, so that the GPU never waits for that
-    ahead = update(iter_num) if capture and not evaluates and not stops else None
+    # the GPU never waits for a log: a small model's next update begins before it, but not before evaluation or save
+    begun = update(iter_num) if capture and not (evaluates or stops) else None
 
-    # log
-    if read:
-        loss, told, *norms[:] = read()
-        read, stops, norm = None, stops or told > 0, norms[-1]
+    # log the last update
+    if numbers:
+        loss, told, *norms[:] = numbers()  # told: the share of ranks that were told to stop
+        stops = stops or told > 0
+        numbers, norm = None, norms[-1]  # check_finite() clears norms
         check_finite(loss)
         dt = watch.lap(iter_num)
         say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
@@ -347,8 +349,8 @@ while not nothing_to_do:  # every end is a break below
         log.write('train', iter=iter_num - 1, loss=loss, lr=lr_at(iter_num - 1), norm=norm, ms=dt * 1000,
                   tok_s=tokens_per_iter / dt)
 
-    # stop; after the last update there is an evaluation and a save anyway
-    if stops and ahead is None and saved_at < iter_num < max_iters:
+    # stop, but not with an update begun and not counted; after the last one there is an evaluation and a save anyway
+    if stops and begun is None and saved_at < iter_num < max_iters:
         check_finite()
         save('ckpt.pt' if always_save_checkpoint else 'last.pt')
         say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
@@ -374,10 +376,10 @@ while not nothing_to_do:  # every end is a break below
     if iter_num >= max_iters:
         break
 
-    norms.append(update(iter_num) if ahead is None else ahead)
+    norms.append(update(iter_num) if begun is None else begun)
     iter_num += 1
     on_step(iter_num, raw_model)
     if (iter_num - 1) % log_interval == 0:
-        read = mean_over_ranks(mean_loss, torch.full_like(mean_loss, bool(stop)), *norms)
+        numbers = mean_over_ranks(mean_loss, torch.full_like(mean_loss, bool(stop)), *norms)
 
 leave_together()

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other under torchrun, start alike, and are told to stop."""
+"""The processes of a run: how they find each other under torchrun, start alike, average, and are told to stop."""
 
 import contextlib
 import os
@@ -34,12 +34,17 @@ def launched() -> tuple[bool, int, int, int]:
                     'processes with torchrun'.format_map(os.environ), one_rank=True)
 
 
-def join_ranks(device: str, backend: str, local_rank: int) -> tuple[str, str]:
-    """Make the process group; returns this rank's device, and the backend that is chosen. All restarts by one torchrun
+def join_ranks(several: bool, device: str, backend: str, local_rank: int) -> tuple[str, str]:
+    """Make the process group, if there are several ranks; returns this one's device, which is made the current one, and
+    the backend that is chosen. All restarts by one torchrun
     share a store, in which ranks would find the addresses of before (pytorch issue 167288); so on one machine each
     restart uses a part of it. Several machines count restarts each for itself; see config/README.md for them."""
     import torch
     import torch.distributed as dist
+    if not several:
+        if device.startswith('cuda:'):
+            torch.cuda.set_device(device)
+        return device, backend
     backend = backend if backend != 'auto' else 'nccl' if device.startswith('cuda') else 'gloo'
     if backend == 'nccl' and not device.startswith('cuda'):
         raise DataError(f'backend=nccl is for GPUs, and device={device} is none: choose gloo')
@@ -110,11 +115,11 @@ def mean_over_ranks(*values):
     import torch
     import torch.distributed as dist
     mean = torch.stack(values)
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(mean.div_(dist.get_world_size()))
     if not mean.is_cuda:
         return mean.tolist
-    mean, there = mean.to('cpu', non_blocking=True), torch.cuda.current_stream().record_event()
+    mean, there = mean.to('cpu', non_blocking=True), torch.cuda.current_stream(mean.device).record_event()
     return lambda: there.synchronize() or mean.tolist()
 
 

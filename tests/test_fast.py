@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import ranks
 from data.runlog import RunLog
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache
 from tests import test_generate
@@ -364,6 +365,23 @@ def test_the_next_update_begins_before_the_last_is_logged(train, out_dir, monkey
     assert [r['iter'] for r in ours] == list(range(8)) and straight.names['iter_num'] == done.names['iter_num'] == 8
     for name in ('loss', 'norm', 'lr'):
         assert [r[name] for r in ours] == pytest.approx([r[name] for r in wanted], rel=1e-5)
+
+
+def test_another_rank_was_told_to_stop(train, out_dir, monkeypatch):  # noqa: F811
+    """This one learns of it when its next update has begun: that one is finished, and in the save."""
+    def mean_over_ranks(loss, told, *norms):
+        if norms:  # no evaluation
+            logged.append(told)
+        return plain(loss, told + (len(logged) == 2) * len(norms), *norms)
+
+    plain, logged = ranks.mean_over_ranks, []
+    monkeypatch.setattr(ranks, 'mean_over_ranks', mean_over_ranks)
+    monkeypatch.setattr(fast, 'for_training', lambda model, dtype, compiled, flat: flat)
+    monkeypatch.setattr(fast, 'captured', lambda function, device, warm=1: function)
+    done, saved = train(), latest(out_dir)
+    assert saved['iter_num'] == 3 == saved['optimizer']['state'][0]['step']
+    assert [group['lr'] for group in saved['optimizer']['param_groups']] == 2 * [done.names['lr_at'](3)]
+    assert [r['iter'] for r in records(out_dir, 'train')] == [0, 1, 2]
 
 
 def test_no_garbage_is_looked_for_at_the_end():

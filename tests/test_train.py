@@ -630,6 +630,22 @@ def test_where_nothing_can_be_compiled_training_goes_on(dataset, tmp_path):
     assert records(tmp_path / 'out', 'run')[0]['compile'] is False
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_second_of_two_gpus(train, script, out_dir, dtype):
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs two GPUs')
+    try:
+        first = train(device='cuda:0', dtype=dtype, log_interval=1)
+        losses = [[r['loss'] for r in records(out_dir, 'train')]]
+        second = train(device='cuda:1', dtype=dtype, log_interval=1)
+        losses.append([r['loss'] for r in records(out_dir, 'train')])
+        assert first.code == second.code == 0 and losses[1] == pytest.approx(losses[0], rel=1e-2)
+        script('sample.py', f'--out_dir={out_dir}', '--device=cuda:1', '--num_samples=1', '--max_new_tokens=20')
+    finally:
+        torch.cuda.set_device(0)
+
+
 @pytest.fixture
 def published(tmp_path):
     """A folder in transformers' format: a GPT-2 with small random weights and 11 token ids."""
