@@ -363,6 +363,9 @@ class FlatAdamW(torch.optim.AdamW):
 # matmul that adds. So Linears read a copy of their weight in 16 bits, made once an update, and add to weight.grad. A
 # LayerNorm without bias before a Linear is folded into that copy; finish_gradients() tells their gradients apart.
 
+AT_ONCE = 1 << 24  # elements of weights that a kernel takes, or one matrix; finish_gradients() holds so many products
+
+
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a.T @ b in one matmul; total: (N, K) in float32, a: (M, N) and b: (M, K) in 16 bits."""
@@ -372,8 +375,12 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def add_gradients(model: GPT, dtype: torch.dtype) -> None:
     """Let the Linears of a model add to their gradients by themselves; a FlatAdamW must follow."""
     blocks = model.transformer.h
-    model.alike = [*zip(*([m for m in block.modules() if type(m) is nn.Linear] for block in blocks)), (model.lm_head,)]
-    for layers in model.alike:  # those at one place in all blocks
+    kinds = [*zip(*([m for m in block.modules() if type(m) is nn.Linear] for block in blocks)), (model.lm_head,)]
+    model.alike = []  # layers at one place in the blocks: one kernel does for all of a group
+    for kind in kinds:
+        n = max(1, AT_ONCE // kind[0].weight.numel())
+        model.alike += [kind[i:i + n] for i in range(0, len(kind), n)]
+    for layers in model.alike:
         copies = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape, dtype=dtype)
         for layer, layer.weight16 in zip(layers, copies):
             layer.__class__, layer.norm = AddingLinear, None
@@ -384,7 +391,7 @@ def add_gradients(model: GPT, dtype: torch.dtype) -> None:
 
 
 def stacked(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape at equal distances in one memory, seen as one, (n, ...): one kernel does for all of them."""
+    """Tensors of one shape at equal distances in one memory, seen as one, (n, ...), without a copy."""
     first, *others = tensors
     step = others[0].storage_offset() - first.storage_offset() if others else 0
     stack = first.as_strided((1 + len(others), *first.shape), (step, *first.stride()))

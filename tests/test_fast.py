@@ -206,8 +206,9 @@ def test_tensors_at_equal_distances_are_seen_as_one():
 
 # -- training: one tensor of gradients ------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('at_once', [1, 1 << 24])
 @pytest.mark.parametrize('bias', [True, False])
-def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monkeypatch, bias):
+def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monkeypatch, bias, at_once):
     """What training on CUDA does, here with copies in float32 and another matmul."""
     def add_product(total, a, b):
         added.append(total.add_(a.t() @ b))
@@ -215,7 +216,9 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     x, y, added = ids(3, 16), ids(3, 16, seed=1), []
     net, twin = small(bias=bias), small(bias=bias)
     monkeypatch.setattr(fast, 'add_product', add_product)
+    monkeypatch.setattr(fast, 'AT_ONCE', at_once)
     fast.add_gradients(net, torch.float32)
+    assert [len(layers) for layers in net.alike] == ([1] * 9 if at_once == 1 else [2, 2, 2, 2, 1])
     flat(net)
     for n in (1, 2):
         (n * net(x, y)[1]).backward()
