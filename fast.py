@@ -34,7 +34,8 @@ import threading
 
 gc.set_threshold(100_000)  # imports make many objects and no garbage: looking for it took a fifth of their time
 atexit.register(gc.freeze)  # nor does Python look for it at the end, which would take a second or two
-os.environ.setdefault('TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD', '1')  # it keeps our functions, too
+# the compiler's cache leaves out what has autograd functions like those below, unless it is told not to
+os.environ.setdefault('TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD', '1')
 with contextlib.suppress(OSError, ValueError):  # Linux
     running = int(open('/proc/loadavg').read().split()[3].partition('/')[0])  # threads of all programs, at this moment
     # a thread that waits for others keeps its core for a moment, but not where other programs want it

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from data import DataError, nobody_reads
 
@@ -36,9 +37,9 @@ def launched() -> tuple[bool, int, int, int]:
 
 def join_ranks(several: bool, device: str, backend: str, local_rank: int) -> tuple[str, str]:
     """Make the process group, if there are several ranks; returns this one's device, which is made the current one, and
-    the backend that is chosen. All restarts by one torchrun
-    share a store, in which ranks would find the addresses of before (pytorch issue 167288); so on one machine each
-    restart uses a part of it. Several machines count restarts each for itself; see config/README.md for them."""
+    the backend that is chosen. All restarts by one torchrun share a store, in which ranks would find the addresses of
+    before (pytorch issue 167288); so on one machine each restart uses a part of it. Several machines count restarts
+    each for itself; see config/README.md for them."""
     import torch
     import torch.distributed as dist
     if not several:
@@ -109,7 +110,7 @@ def agreed(what: dict, digests: dict, model) -> None:
                                 'need the same options, data and checkpoint')
 
 
-def mean_over_ranks(*values):
+def mean_over_ranks(*values) -> Callable[[], list[float]]:
     """Average tensors of one number over all processes. Returns a function that waits for the means, and gives them as
     floats: called later, it does not wait for what a GPU was told to do in between."""
     import torch
