@@ -261,37 +261,32 @@ def lr_at(step):
 # -- 5 evaluate, save, stop -----------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate():
-    """Mean loss of each split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
+def evaluate(split):
+    """Mean loss of a split over its eval_iters * batch_size evaluation sequences, which the ranks share out."""
     raw_model.eval()
-    count, sums = eval_iters * batch_size, {}
+    count, total = eval_iters * batch_size, torch.zeros((), device=device)
     # without gradients more than batch_size may fit: up to 131,072 tokens (without CUDA 8,192) and 2^28 logits
     fit = min((1 << 17 if device_type == 'cuda' else 1 << 13) // block_size, (1 << 28) // (block_size * vocab_size))
     rows = min(max(fit, batch_size), -(-count // world_size))
-    for split in ('train', 'val'):
-        sums[split] = torch.zeros((), device=device)
-        batches = bins.eval_batches(split, count, rows, rank, world_size)
-        for x, y, n in tqdm(batches, f'evaluating {split}', -(-count // (rows * world_size)), leave=False, delay=2,
-                            disable=None if master else True):  # a bar: on a terminal, if it takes long
-            with autocast():
-                sums[split] += n * raw_model(to_device(x), to_device(y))[1]
+    batches = bins.eval_batches(split, count, rows, rank, world_size)
+    for x, y, n in tqdm(batches, f'evaluating {split}', -(-count // (rows * world_size)), leave=False, delay=2,
+                        disable=None if master else True):  # a bar: on a terminal, if it takes long
+        with autocast():
+            total += n * raw_model(to_device(x), to_device(y))[1]
     raw_model.train()
-    means = mean_over_ranks(*sums.values())()
-    return {split: mean * world_size / count for split, mean in zip(sums, means)}
+    return mean_over_ranks(total)()[0] * world_size / count
 
 
 def save(name):
-    """Write the whole state of the run to out_dir/name."""
+    """Begin to write the run to out_dir/name. Returns a function that waits for it; call that before any update."""
     state = ckpt.whole({'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict()}, keep=master)
-    if not master:
-        return
-    say(f'saving checkpoint to {out_dir}')
     for group in state['optimizer']['param_groups']:
         group.update(lr=lr_at(iter_num), capturable=False)  # in the file a number, where a CUDA graph needs a tensor
-    ckpt.save(os.path.join(out_dir, name), {
+    path, checkpoint = os.path.join(out_dir, name), {
         **state, 'model_args': model_args, 'dtype': dtype, 'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config, 'gelu': raw_model.config.gelu, 'codec': bins.state, 'data': bins.digests,
-        'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id})
+        'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id}
+    return ckpt.begin_save(path, checkpoint, device_type) if master else lambda: None
 
 
 def leave_together(status=0):
@@ -352,7 +347,8 @@ while not nothing_to_do:  # every end is a break below
     # stop, but not with an update begun and not counted; after the last one there is an evaluation and a save anyway
     if stops and begun is None and saved_at < iter_num < max_iters:
         check_finite()
-        save('ckpt.pt' if always_save_checkpoint else 'last.pt')
+        say(f'saving checkpoint to {out_dir}')
+        save('ckpt.pt' if always_save_checkpoint else 'last.pt')()
         say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
         break
 
@@ -360,18 +356,22 @@ while not nothing_to_do:  # every end is a break below
     if evaluates:
         check_finite()
         with watch.paused():
-            losses = evaluate()
-            check_finite(*losses.values())
-            say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            val_loss = evaluate('val')
+            check_finite(val_loss)
+            improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            # a resumed state is in a file already, perhaps in last.pt, never evaluated: if it is best, to ckpt.pt
+            if must_save := not eval_only and (iter_num > saved_at or (improved and resumed)):
+                end_save = save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
+            train_loss = evaluate('train')  # meanwhile the file is written; this leaves the state as it is
+            check_finite(train_loss)
+            say(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
             if eval_only:
                 break
-            improved = losses['val'] < best_val_loss
-            best_val_loss = min(losses['val'], best_val_loss)
-            # a resumed state is in a file already, perhaps in last.pt, never evaluated: if it is best, to ckpt.pt
-            if iter_num > saved_at or (improved and resumed):
-                save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
+            if must_save:
+                say(f'saving checkpoint to {out_dir}')
+                end_save()
                 saved_at = iter_num
-            log.write('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+            log.write('eval', **{'iter': iter_num, 'train/loss': train_loss, 'val/loss': val_loss,
                                  'lr': lr_at(iter_num), 'mfu': 100 * watch.mfu})
     if iter_num >= max_iters:
         break

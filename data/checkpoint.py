@@ -47,6 +47,23 @@ def save(path: str, checkpoint: dict) -> None:
             os.remove(os.path.join(os.path.dirname(path), 'last.pt'))
 
 
+def begin_save(path: str, checkpoint: dict, device_type: str) -> Callable[[], None]:
+    """save() on a thread, while the device computes what leaves these tensors as they are. Returns a function that
+    waits for its end, and raises what it raises."""
+    stream = torch.cuda.Stream() if device_type == 'cuda' else None  # one that does not wait for what is begun later
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())
+
+    def copy_and_write():
+        with torch.cuda.stream(stream):
+            save(path, checkpoint)
+
+    pool = ThreadPoolExecutor(1)
+    writing = pool.submit(copy_and_write)
+    pool.shutdown(wait=device_type == 'mps')  # whose driver takes one thread at a time; elsewhere nothing waits here
+    return writing.result
+
+
 def _tensors(value) -> list[torch.Tensor]:
     """Every tensor below a value."""
     if isinstance(value, torch.Tensor):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,27 @@ def test_the_log_names_the_commit(train, out_dir):
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_the_file_is_written_beside_an_evaluation(train, out_dir, monkeypatch, device):
+    """While the train split is evaluated; and it is there before the evaluation is logged or anything updated."""
+    begun, updates, saves, read, save = threading.Event(), [0], [], bins.Bins.eval_batches, ckpt.save
+
+    def eval_batches(self, split, *shape):
+        (begun.set if split == 'train' else begun.clear)()
+        return read(self, split, *shape)
+
+    def slow_save(path, checkpoint):
+        assert begun.wait(30), 'the save was not begun before the evaluation'
+        time.sleep(0.3)
+        save(path, checkpoint)
+        saves.append([checkpoint['iter_num'], updates[-1], max(r['iter'] for r in records(out_dir, 'eval'))])
+
+    monkeypatch.setattr(bins.Bins, 'eval_batches', eval_batches)
+    monkeypatch.setattr(ckpt, 'save', slow_save)
+    done = train(lambda step, model: updates.append(step), device=device)
+    assert done.code == 0 and saves == [[4, 4, 0], [8, 8, 4]]
+
 
 def test_ckpt_is_the_best_and_last_what_is_newer(train, out_dir):
     options = dict(decay_lr=False, always_save_checkpoint=False)
@@ -632,18 +654,18 @@ def test_where_nothing_can_be_compiled_training_goes_on(dataset, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_second_of_two_gpus(train, script, out_dir, dtype):
+def test_the_second_of_two_gpus(dataset, tmp_path, dtype):
     if torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
-    try:
-        first = train(device='cuda:0', dtype=dtype, log_interval=1)
-        losses = [[r['loss'] for r in records(out_dir, 'train')]]
-        second = train(device='cuda:1', dtype=dtype, log_interval=1)
-        losses.append([r['loss'] for r in records(out_dir, 'train')])
-        assert first.code == second.code == 0 and losses[1] == pytest.approx(losses[0], rel=1e-2)
-        script('sample.py', f'--out_dir={out_dir}', '--device=cuda:1', '--num_samples=1', '--max_new_tokens=20')
-    finally:
-        torch.cuda.set_device(0)
+    losses = []
+    for device in ('cuda:0', 'cuda:1'):
+        options = {**TINY, 'device': device, 'dtype': dtype, 'log_interval': 1, 'dropout': 0.1, 'dataset': dataset}
+        done = run('train.py', *flags(**options, out_dir=tmp_path / device[-1]))
+        assert done.returncode == 0 and f'device {device}, ' in done.stdout, done.stderr
+        losses.append([r['loss'] for r in records(tmp_path / device[-1], 'train')])
+    assert len(losses[1]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-2)
+    done = run('sample.py', *flags(out_dir=tmp_path / device[-1], device=device, num_samples=1, max_new_tokens=20))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
