@@ -277,16 +277,18 @@ def evaluate(split):
     return mean_over_ranks(total)()[0] * world_size / count
 
 
-def save(name):
-    """Begin to write the run to out_dir/name. Returns a function that waits for it; call that before any update."""
+@contextlib.contextmanager
+def saving(name):
+    """Write the whole state of the run to out_dir/name, beside the body of a with statement, which updates nothing."""
     state = ckpt.whole({'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict()}, keep=master)
     for group in state['optimizer']['param_groups']:
         group.update(lr=lr_at(iter_num), capturable=False)  # in the file a number, where a CUDA graph needs a tensor
-    path, checkpoint = os.path.join(out_dir, name), {
-        **state, 'model_args': model_args, 'dtype': dtype, 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-        'config': config, 'gelu': raw_model.config.gelu, 'codec': bins.state, 'data': bins.digests,
-        'scaler': scaler.state_dict(), 'wandb_id': log.wandb_id}
-    return ckpt.begin_save(path, checkpoint, device_type) if master else lambda: None
+    state.update(model_args=model_args, dtype=dtype, iter_num=iter_num, best_val_loss=best_val_loss, config=config,
+                 gelu=raw_model.config.gelu, codec=bins.state, data=bins.digests, scaler=scaler.state_dict(),
+                 wandb_id=log.wandb_id)
+    with ckpt.saving(os.path.join(out_dir, name), state, device_type) if master else contextlib.nullcontext():
+        yield
+        say(f'saving checkpoint to {out_dir}')
 
 
 def leave_together(status=0):
@@ -336,19 +338,18 @@ while not nothing_to_do:  # every end is a break below
     if numbers:
         loss, told, *norms[:] = numbers()  # told: the share of ranks that were told to stop
         stops = stops or told > 0
-        numbers, norm = None, norms[-1]  # check_finite() clears norms
+        step, numbers, norm = iter_num - 1, None, norms[-1]  # check_finite() clears norms
         check_finite(loss)
         dt = watch.lap(iter_num)
-        say(f'iter {iter_num - 1}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
+        say(f'iter {step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
-        log.write('train', iter=iter_num - 1, loss=loss, lr=lr_at(iter_num - 1), norm=norm, ms=dt * 1000,
-                  tok_s=tokens_per_iter / dt)
+        log.write('train', iter=step, loss=loss, lr=lr_at(step), norm=norm, ms=dt * 1000, tok_s=tokens_per_iter / dt)
 
     # stop, but not with an update begun and not counted; after the last one there is an evaluation and a save anyway
     if stops and begun is None and saved_at < iter_num < max_iters:
         check_finite()
-        say(f'saving checkpoint to {out_dir}')
-        save('ckpt.pt' if always_save_checkpoint else 'last.pt')()
+        with saving('ckpt.pt' if always_save_checkpoint else 'last.pt'):
+            pass
         say(f'stopped by a signal after {iter_num} updates; --init_from=resume goes on from here')
         break
 
@@ -358,19 +359,18 @@ while not nothing_to_do:  # every end is a break below
         with watch.paused():
             val_loss = evaluate('val')
             check_finite(val_loss)
-            improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            improved = val_loss < best_val_loss
+            best_val_loss = min(val_loss, best_val_loss)
             # a resumed state is in a file already, perhaps in last.pt, never evaluated: if it is best, to ckpt.pt
-            if must_save := not eval_only and (iter_num > saved_at or (improved and resumed)):
-                end_save = save('ckpt.pt' if improved or always_save_checkpoint else 'last.pt')
-            train_loss = evaluate('train')  # meanwhile the file is written; this leaves the state as it is
-            check_finite(train_loss)
-            say(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
+            saves = not eval_only and (iter_num > saved_at or (improved and resumed))
+            name = 'ckpt.pt' if improved or always_save_checkpoint else 'last.pt'
+            with saving(name) if saves else contextlib.nullcontext():
+                train_loss = evaluate('train')
+                check_finite(train_loss)
+                say(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
             if eval_only:
                 break
-            if must_save:
-                say(f'saving checkpoint to {out_dir}')
-                end_save()
-                saved_at = iter_num
+            saved_at = iter_num
             log.write('eval', **{'iter': iter_num, 'train/loss': train_loss, 'val/loss': val_loss,
                                  'lr': lr_at(iter_num), 'mfu': 100 * watch.mfu})
     if iter_num >= max_iters:

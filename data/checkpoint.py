@@ -6,8 +6,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch.utils._pytree import tree_map
@@ -20,11 +20,45 @@ def save(path: str, checkpoint: dict) -> None:
     Write the dict to `path` so that at any moment the old file or the new one is whole there, and durable on return. A
     new ckpt.pt then takes away last.pt. Raises DataError if it cannot be written; the old files then stand.
     """
-    try:
+    with saving(path, checkpoint):
+        pass
+
+
+@contextlib.contextmanager
+def saving(path: str, checkpoint: dict, device_type: str = 'cpu') -> Iterator[None]:
+    """
+    save(), which a thread begins while the body of the with statement runs; that must not change the tensors. The new
+    file takes the place of the old one after the body, and not if that raises.
+    """
+    # on the GPU's main stream, copies to the host would queue behind all that the body has begun to compute
+    stream = torch.cuda.Stream() if device_type == 'cuda' else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())
+
+    def write():
+        if stream:
+            torch.cuda.set_stream(stream)
         with open(path + '.tmp', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # its end waits for the thread
+            writing = pool.submit(write)
+            if device_type == 'mps':  # takes one thread at a time
+                pool.shutdown()
+            yield
+            _replace(path, writing)
+    finally:
+        with contextlib.suppress(OSError):  # gone, if it took its place
+            os.remove(path + '.tmp')
+
+
+def _replace(path: str, writing: Future) -> None:
+    """Put path.tmp, once it is written, in the place of `path`."""
+    try:
+        writing.result()
         os.replace(path + '.tmp', path)
         if hasattr(os, 'O_DIRECTORY'):  # the new name itself must survive a power cut too
             folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_DIRECTORY)
@@ -35,8 +69,6 @@ def save(path: str, checkpoint: dict) -> None:
                     raise
             os.close(folder)
     except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
         kept = '; the one that stood there is intact' if os.path.exists(path) else ''
         space = 'free some space or ' if getattr(cause, 'errno', None) in FULL else ''
@@ -45,23 +77,6 @@ def save(path: str, checkpoint: dict) -> None:
     if os.path.basename(path) == 'ckpt.pt':
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(os.path.dirname(path), 'last.pt'))
-
-
-def begin_save(path: str, checkpoint: dict, device_type: str) -> Callable[[], None]:
-    """save() on a thread, while the device computes what leaves these tensors as they are. Returns a function that
-    waits for its end, and raises what it raises."""
-    stream = torch.cuda.Stream() if device_type == 'cuda' else None  # one that does not wait for what is begun later
-    if stream:
-        stream.wait_stream(torch.cuda.current_stream())
-
-    def copy_and_write():
-        with torch.cuda.stream(stream):
-            save(path, checkpoint)
-
-    pool = ThreadPoolExecutor(1)
-    writing = pool.submit(copy_and_write)
-    pool.shutdown(wait=device_type == 'mps')  # whose driver takes one thread at a time; elsewhere nothing waits here
-    return writing.result
 
 
 def _tensors(value) -> list[torch.Tensor]:

@@ -178,7 +178,7 @@ def test_a_long_evaluation_has_a_bar_on_a_terminal(options):
     os.close(theirs)
     seen = b''
     try:
-        while not re.search(rb'evaluating train: +\d+%.+\d+/\d+', seen):
+        while not re.search(rb'evaluating val: +\d+%.+\d+/\d+', seen):
             seen += os.read(ours, 1000)  # OSError if the process ends
     finally:
         process.kill()

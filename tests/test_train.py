@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data import DataError, bins, codec
+from data import DataError, bins, codec, runlog
 from data import checkpoint as ckpt
 from model import GPT, GPTConfig
 
@@ -213,22 +213,82 @@ def test_the_log_names_the_commit(train, out_dir):
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_the_file_is_written_beside_an_evaluation(train, out_dir, monkeypatch, device):
     """While the train split is evaluated; and it is there before the evaluation is logged or anything updated."""
-    begun, updates, saves, read, save = threading.Event(), [0], [], bins.Bins.eval_batches, ckpt.save
+    begun, weights, written, logged = threading.Event(), {}, [], []
+    read, save, write = bins.Bins.eval_batches, torch.save, runlog.RunLog.write
 
     def eval_batches(self, split, *shape):
         (begun.set if split == 'train' else begun.clear)()
         return read(self, split, *shape)
 
-    def slow_save(path, checkpoint):
-        assert begun.wait(30), 'the save was not begun before the evaluation'
+    def slow_save(checkpoint, f):
+        assert begun.wait(20), 'the file was not begun before the evaluation'
         time.sleep(0.3)
-        save(path, checkpoint)
-        saves.append([checkpoint['iter_num'], updates[-1], max(r['iter'] for r in records(out_dir, 'eval'))])
+        save(checkpoint, f)
+        written.append((checkpoint['iter_num'], max(weights), max(r['iter'] for r in records(out_dir, 'eval'))))
+
+    def write_log(self, kind, **values):
+        if kind == 'eval' and values['iter']:
+            saved = ckpt.load(str(out_dir / 'ckpt.pt'))
+            logged.append((values['iter'], saved['iter_num']))
+            assert torch.equal(saved['model']['lm_head.weight'], weights[values['iter']])
+        write(self, kind, **values)
 
     monkeypatch.setattr(bins.Bins, 'eval_batches', eval_batches)
-    monkeypatch.setattr(ckpt, 'save', slow_save)
-    done = train(lambda step, model: updates.append(step), device=device)
-    assert done.code == 0 and saves == [[4, 4, 0], [8, 8, 4]]
+    monkeypatch.setattr(torch, 'save', slow_save)
+    monkeypatch.setattr(runlog.RunLog, 'write', write_log)
+    done = train(lambda step, model: weights.update({step: model.lm_head.weight.detach().cpu().clone()}),
+                 device=device)
+    assert done.code == 0 and written == [(4, 4, 0), (8, 8, 4)] and logged == [(4, 4), (8, 8)]
+
+
+@pytest.mark.parametrize('problem', ['nan', 'error'])
+def test_a_file_begun_before_a_failed_evaluation_is_dropped(train, out_dir, monkeypatch, problem):
+    read, save, slow = bins.Bins.eval_batches, torch.save, []
+
+    def eval_batches(self, split, *shape):
+        for x, y, n in read(self, split, *shape):
+            if split == 'train' and os.path.exists(out_dir / 'ckpt.pt'):  # so at step 8
+                if problem == 'error':
+                    raise DataError('the data is gone')
+                n = math.nan
+            yield x, y, n
+
+    def slow_save(checkpoint, f):
+        time.sleep(0.3)
+        save(checkpoint, f)
+        slow.append(checkpoint['iter_num'])
+
+    monkeypatch.setattr(bins.Bins, 'eval_batches', eval_batches)
+    monkeypatch.setattr(torch, 'save', slow_save)
+    if problem == 'error':
+        with pytest.raises(DataError, match='the data is gone'):
+            train()
+    else:
+        assert 'ended without a save' in train().code
+    assert slow == [4, 8] and ckpt.load(str(out_dir / 'ckpt.pt'))['iter_num'] == 4
+    assert contents(out_dir).keys() == {'ckpt.pt', 'log.jsonl'}
+    assert [r['iter'] for r in records(out_dir, 'eval')] == [0, 4]
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no RLIMIT_FSIZE')
+def test_a_disk_that_is_full_while_a_run_saves_is_one_line(dataset, out_dir):
+    limited = ('import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); '
+               'runpy.run_path("train.py", run_name="__main__")')
+    done = run(sys.executable, '-c', limited, *flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir}), cwd=ROOT)
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == f'saving checkpoint to {out_dir}'
+    path = re.escape(str(out_dir / 'ckpt.pt'))
+    assert re.fullmatch(rf'{path} could not be written \(.*File too large\): free some space or choose another '
+                        r'--out_dir\n', done.stderr), done.stderr
+    assert contents(out_dir).keys() == {'log.jsonl'} and [r['iter'] for r in records(out_dir, 'eval')] == [0]
+
+
+def test_eval_only_leaves_a_better_last_pt_where_it_is(train, out_dir):
+    train()
+    os.rename(out_dir / 'ckpt.pt', out_dir / 'last.pt')
+    saved = ckpt.load(str(out_dir / 'last.pt'))
+    torch.save({**saved, 'best_val_loss': 9.0}, out_dir / 'last.pt')
+    before = contents(out_dir)
+    assert train(eval_only=True, init_from='resume').code == 0 and contents(out_dir) == before
 
 
 def test_ckpt_is_the_best_and_last_what_is_newer(train, out_dir):
