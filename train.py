@@ -279,7 +279,7 @@ def evaluate(split):
 
 @contextlib.contextmanager
 def saving(name):
-    """Write the whole state of the run to out_dir/name, beside the body of a with statement, which updates nothing."""
+    """Write the whole state of the run to out_dir/name while the body of a with statement runs; no updates in there."""
     state = ckpt.whole({'model': dict(raw_model.state_dict()), 'optimizer': optimizer.state_dict()}, keep=master)
     for group in state['optimizer']['param_groups']:
         group.update(lr=lr_at(iter_num), capturable=False)  # in the file a number, where a CUDA graph needs a tensor
@@ -365,7 +365,7 @@ while not nothing_to_do:  # every end is a break below
             saves = not eval_only and (iter_num > saved_at or (improved and resumed))
             name = 'ckpt.pt' if improved or always_save_checkpoint else 'last.pt'
             with saving(name) if saves else contextlib.nullcontext():
-                train_loss = evaluate('train')
+                train_loss = evaluate('train')  # meanwhile the file is written
                 check_finite(train_loss)
                 say(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
             if eval_only:

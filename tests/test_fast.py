@@ -372,11 +372,11 @@ def test_the_next_update_begins_before_the_last_is_logged(train, out_dir, monkey
 
 def test_another_rank_was_told_to_stop(train, out_dir, monkeypatch):  # noqa: F811
     """This one learns of it when its next update has begun: that one is finished, and in the save."""
-    def mean_over_ranks(first, second, *norms):
-        if norms:  # to be logged: loss, told, norms; an evaluation has two losses
-            logged.append(first)
-            second = second + (len(logged) == 2)
-        return plain(first, second, *norms)
+    def mean_over_ranks(loss, *more):
+        if more:  # to be logged, with the share that was told to stop, and norms; an evaluation has its loss alone
+            logged.append(loss)
+            more = more[0] + (len(logged) == 2), *more[1:]
+        return plain(loss, *more)
 
     plain, logged = ranks.mean_over_ranks, []
     monkeypatch.setattr(ranks, 'mean_over_ranks', mean_over_ranks)
