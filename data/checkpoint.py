@@ -15,20 +15,13 @@ from torch.utils._pytree import tree_map
 from data import FULL, NAMES, DataError
 
 
-def save(path: str, checkpoint: dict) -> None:
-    """
-    Write the dict to `path` so that at any moment the old file or the new one is whole there, and durable on return. A
-    new ckpt.pt then takes away last.pt. Raises DataError if it cannot be written; the old files then stand.
-    """
-    with saving(path, checkpoint):
-        pass
-
-
 @contextlib.contextmanager
 def saving(path: str, checkpoint: dict, device_type: str = 'cpu') -> Iterator[None]:
     """
-    save(), which a thread begins while the body of the with statement runs; that must not change the tensors. The new
-    file takes the place of the old one after the body, and not if that raises.
+    Write the dict to `path` so that at any moment the old file or the new one is whole there. A thread begins it while
+    the body of the with statement runs, which must not change the tensors; then the new file, durable, takes the place
+    of the old one, and a new ckpt.pt takes away last.pt. If the body raises, or the file cannot be written (DataError),
+    the old ones stand.
     """
     # on the GPU's main stream, copies to the host would queue behind all that the body has begun to compute
     stream = torch.cuda.Stream() if device_type == 'cuda' else None
@@ -108,9 +101,9 @@ def _plain(value) -> bool:
 
 def load(path: str, mmap: bool = False) -> dict:
     """
-    The dict that save() wrote, tensors on the CPU; with mmap they stay in the file, which must outlive them. Every byte
-    is checked against its CRC, and the pickle may build plain types and tensors only, so a file from a stranger runs no
-    code. Raises DataError naming the file, its size and the other checkpoint of the run, if there is one.
+    The dict that saving() wrote, tensors on the CPU; with mmap they stay in the file, which must outlive them. Every
+    byte is checked against its CRC, and the pickle may build plain types and tensors only, so a file from a stranger
+    runs no code. Raises DataError naming the file, its size and the other checkpoint of the run, if there is one.
     """
     folder, name = os.path.split(path)
     spare = [os.path.join(folder, n) for n in NAMES if n != name and os.path.isfile(os.path.join(folder, n))]

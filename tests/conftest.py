@@ -22,12 +22,20 @@ os.environ['PYTHONPATH'] = os.pathsep.join([blind, *filter(None, [os.environ.get
 
 import torch  # noqa: E402
 
+from data import checkpoint as ckpt  # noqa: E402
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell; children would, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = dict(device='cpu', dtype='float32', compile=False, n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
             gradient_accumulation_steps=2, eval_iters=2, eval_interval=4, max_iters=8, warmup_iters=2,
             lr_decay_iters=8, learning_rate=1e-3, min_lr=1e-4)
+
+
+def save(path: str, checkpoint: dict) -> None:
+    """Write a checkpoint, with nothing beside it."""
+    with ckpt.saving(path, checkpoint):
+        pass
 
 
 def flags(**options) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from data import DataError
 from data import checkpoint as ckpt
 
-from .conftest import ROOT
+from .conftest import ROOT, save
 
 
 def example(iter_num: int = 5) -> dict:
@@ -67,7 +67,7 @@ def test_a_pointer_of_git_lfs(tmp_path):
 def test_a_name_that_is_no_utf8(tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b'/\xe9t\xe9')
     os.mkdir(folder)
-    ckpt.save(f'{folder}/ckpt.pt', example())
+    save(f'{folder}/ckpt.pt', example())
     assert same(ckpt.load(f'{folder}/ckpt.pt', mmap=True), ckpt.load(f'{folder}/ckpt.pt'))
 
 
@@ -82,9 +82,9 @@ def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch, number, fails):
     monkeypatch.setattr(os, 'fsync', fsync)
     if fails:
         with pytest.raises(DataError, match='Input/output error'):
-            ckpt.save(str(tmp_path / 'ckpt.pt'), example())
+            save(str(tmp_path / 'ckpt.pt'), example())
     else:
-        ckpt.save(str(tmp_path / 'ckpt.pt'), example())
+        save(str(tmp_path / 'ckpt.pt'), example())
     assert same(ckpt.load(str(tmp_path / 'ckpt.pt')), example())
 
 
@@ -107,22 +107,22 @@ def test_another_text_is_a_difference_where_both_are_known(before, now, said):
 
 def test_what_is_saved_comes_back(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
-    ckpt.save(path, example())
+    save(path, example())
     assert same(ckpt.load(path), example())
-    ckpt.save(path, example(6))
+    save(path, example(6))
     assert same(ckpt.load(path), example(6)) and not same(ckpt.load(path), example(5))
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
 def test_a_bare_file_name_is_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ckpt.save('ckpt.pt', example())
+    save('ckpt.pt', example())
     assert same(ckpt.load('ckpt.pt'), example())
 
 
 def test_tied_tensors_are_stored_once(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
-    ckpt.save(path, example())
+    save(path, example())
     model = ckpt.load(path)['model']
     assert model['lm_head.weight'].data_ptr() == model['transformer.wte.weight'].data_ptr()
 
@@ -146,11 +146,11 @@ DAMAGE = {
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_damage_is_named_with_the_size_and_the_other_file(tmp_path, damage):
     path, spare = tmp_path / 'ckpt.pt', tmp_path / 'last.pt'
-    ckpt.save(str(path), example())
+    save(str(path), example())
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     message = refusal(path)
     assert 'damaged' in message and f'({path.stat().st_size:,} bytes)' in message and 'last.pt' not in message
-    ckpt.save(str(spare), example(7))
+    save(str(spare), example(7))
     assert str(spare) in refusal(path)
     with pytest.raises(DataError, match='ckpt.pt .*damaged'):  # the sound file is not taken in silence
         ckpt.newest(str(tmp_path))
@@ -190,7 +190,7 @@ def test_other_contents_are_no_checkpoint(tmp_path, content, named):
 
 def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    ckpt.save(str(path), example())
+    save(str(path), example())
     raw, rng = path.read_bytes(), random.Random(0)
     places = rng.sample(range(8 * len(raw)), 1200)
     places += range(8 * (len(raw) - 22), 8 * len(raw), 3)  # the end record
@@ -215,7 +215,7 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
 
 def test_every_bit_of_a_tensor_counts(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    ckpt.save(str(path), example())
+    save(str(path), example())
     raw = path.read_bytes()
     start = raw.index(example()['model']['lm_head.weight'].numpy().tobytes())
     for place in range(8 * start, 8 * (start + 96)):
@@ -227,7 +227,7 @@ def test_every_bit_of_a_tensor_counts(tmp_path):
 
 def test_mapped_from_the_file(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    ckpt.save(str(path), example())
+    save(str(path), example())
     loaded = ckpt.load(str(path), mmap=True)
     assert same(loaded, example())
     if os.path.exists('/proc/self/maps'):
@@ -266,14 +266,15 @@ import resource, sys
 from data import checkpoint as ckpt
 import torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-ckpt.save(sys.argv[1], {'model': {'w': torch.ones(int(sys.argv[2]))}, 'model_args': {}, 'iter_num': 6})
+with ckpt.saving(sys.argv[1], {'model': {'w': torch.ones(int(sys.argv[2]))}, 'model_args': {}, 'iter_num': 6}):
+    pass
 """
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no RLIMIT_FSIZE')
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    ckpt.save(str(path), example())
+    save(str(path), example())
     before = path.read_bytes()
     done = subprocess.run([sys.executable, '-c', SAVE_UNDER_A_LIMIT, str(path), '1000000'], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
@@ -341,10 +342,10 @@ def test_no_space_left_on_the_device(tmp_path, size):
     checkpoint = {**example(), 'more': torch.ones(size)}
     for old in (False, True):
         if old:
-            ckpt.save(str(path), example())
+            save(str(path), example())
         os.symlink('/dev/full', f'{path}.tmp')
         with pytest.raises(DataError, match=r'could not be written \(.*No space left') as caught:
-            ckpt.save(str(path), checkpoint)
+            save(str(path), checkpoint)
         assert ('is intact' in str(caught.value)) == old
         assert os.listdir(tmp_path) == (['ckpt.pt'] if old else [])
     assert same(ckpt.load(str(path)), example())
@@ -352,7 +353,7 @@ def test_no_space_left_on_the_device(tmp_path, size):
 
 def test_no_folder_to_save_to(tmp_path):
     with pytest.raises(DataError, match='could not be written'):
-        ckpt.save(str(tmp_path / 'gone' / 'ckpt.pt'), example())
+        save(str(tmp_path / 'gone' / 'ckpt.pt'), example())
 
 
 # -- the files of a run ---------------------------------------------------------------------------------------------
@@ -360,9 +361,9 @@ def test_no_folder_to_save_to(tmp_path):
 def test_newest_is_the_one_further_on(tmp_path):
     best, last = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'last.pt')
     assert ckpt.newest(str(tmp_path)) is None and ckpt.newest(str(tmp_path / 'gone')) is None
-    ckpt.save(last, example(4))
+    save(last, example(4))
     assert ckpt.newest(str(tmp_path))['iter_num'] == 4
-    ckpt.save(best, example(8))
+    save(best, example(8))
     assert ckpt.newest(str(tmp_path))['iter_num'] == 8
-    ckpt.save(last, example(12))
+    save(last, example(12))
     assert ckpt.newest(str(tmp_path))['iter_num'] == 12

@@ -18,7 +18,7 @@ import torch
 import data
 from data import bins, codec
 from data import checkpoint as ckpt
-from tests.conftest import ROOT, TINY, flags, run, torchrun
+from tests.conftest import ROOT, TINY, flags, run, save, torchrun
 from tests.kill_loop import assert_same, ended, free_port, kill_loop, latest, records, start, start_ranks, text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and signals')
@@ -714,11 +714,11 @@ def test_two_processes_stopped_and_resumed_bit_for_bit(options, tmp_path):
 def test_damage_is_noticed(tmp_path):
     """What the kill loop relies on: a checkpoint cut short anywhere does not load."""
     path = str(tmp_path / 'ckpt.pt')
-    ckpt.save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})
+    save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})
     size = os.path.getsize(path)
     for cut in (0, 1, size // 2, size - 1):
         with open(path, 'r+b') as f:
             f.truncate(size - 1 - cut)
         with pytest.raises(ckpt.DataError, match='damaged'):
             ckpt.load(path)
-        ckpt.save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})
+        save(path, {'model': {'a': torch.ones(50)}, 'model_args': {}, 'iter_num': 1})

@@ -12,6 +12,8 @@ import torch
 
 from data import DataError, bins, checkpoint, codec
 
+from .conftest import save
+
 
 def damaged(raw: bytes, rng: random.Random) -> bytes:
     """A copy with a few bytes changed, cut out, put in, doubled, or the end lost."""
@@ -128,7 +130,7 @@ def test_checkpoints_with_damaged_bytes(tmp_path):
     torch.manual_seed(0)
     saved = {'model': {'a.weight': torch.randn(9, 7), 'b': torch.randn(3)}, 'model_args': {'n_layer': 1, 'bias': False},
              'iter_num': 5, 'best_val_loss': 1.5, 'config': {'out_dir': 'x'}}
-    checkpoint.save(path, saved)
+    save(path, saved)
     whole = get(path)
     refused = 0
     for i in range(1500):

@@ -17,7 +17,7 @@ import torch
 
 from data import DataError, bins, codec
 from data import checkpoint as ckpt
-from tests.conftest import ROOT, TINY, flags, run, torchrun
+from tests.conftest import ROOT, TINY, flags, run, save, torchrun
 from tests.kill_loop import assert_same, ended, latest, records, start, start_ranks, text
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
@@ -288,7 +288,7 @@ def test_hyperparameters_come_from_the_options(train, straight, tmp_path):
     state = ckpt.load(path)
     for group in state['optimizer']['param_groups']:  # a file may say anything here
         group.update(lr=9.0, betas=(0.1, 0.1), eps=1.0, weight_decay=9.0, fused=None, maximize=True)
-    ckpt.save(path, state)
+    save(path, state)
     train('out', init_from='resume')
     assert_same(tmp_path / 'out', straight())
 
@@ -356,7 +356,7 @@ def test_tensors_that_do_not_fit_are_named(train, dataset, tmp_path, damage, wor
     path = str(tmp_path / 'out/ckpt.pt')
     state = ckpt.load(path)
     damage(state)
-    ckpt.save(path, state)
+    save(path, state)
     with open(path, 'rb') as f:
         before = f.read()
     options = {**OPTIONS, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'init_from': 'resume'}

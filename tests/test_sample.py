@@ -11,7 +11,7 @@ from data import DataError, codec
 from data import checkpoint as ckpt
 from model import GPT, GPTConfig
 
-from .conftest import TINY, flags
+from .conftest import TINY, flags, save
 
 END = '---------------\n'  # after each sample
 CHARS = '\n abcdefghij'
@@ -60,8 +60,8 @@ def store(folder, model: GPT, tokenizer=None, name: str = 'ckpt.pt', iter_num: i
     """A checkpoint as train.py writes it, or, without a tokenizer, as older files are."""
     args = {k: getattr(model.config, k) for k in (*SHAPE, 'vocab_size', 'dropout')}
     stored = {} if tokenizer is None else {'codec': tokenizer.state()}
-    ckpt.save(str(folder / name), {'model': state or dict(model.state_dict()), 'model_args': args, 'best_val_loss': 1.0,
-                                   'iter_num': iter_num, 'config': {}, **stored, **more})
+    save(str(folder / name), {'model': state or dict(model.state_dict()), 'model_args': args, 'best_val_loss': 1.0,
+                              'iter_num': iter_num, 'config': {}, **stored, **more})
     return model
 
 

@@ -20,7 +20,7 @@ from data import DataError, bins, codec, runlog
 from data import checkpoint as ckpt
 from model import GPT, GPTConfig
 
-from .conftest import ROOT, TINY, flags, run, torchrun
+from .conftest import ROOT, TINY, flags, run, save, torchrun
 
 FLOAT = r'\d+\.\d{4}'
 STEP = re.compile(rf'step (\d+): train loss ({FLOAT}), val loss ({FLOAT})')
@@ -427,7 +427,7 @@ def test_tensors_that_do_not_fit_are_named(train, out_dir):
     saved = ckpt.load(path)
     saved['model']['transformer.ln_f.weight'] = torch.ones(5)
     saved['model']['stray'] = saved['model'].pop('transformer.wpe.weight')
-    ckpt.save(path, saved)
+    save(path, saved)
     done = train(init_from='resume', max_iters=9)
     assert done.code == 2 and done.err == (
         'train.py: the weights do not fit the model: transformer.wpe.weight is missing; stray is not a tensor of this '
@@ -449,7 +449,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(train, out_dir, harm):
         state[len(state)] = dict(state[0])
     else:
         state[2]['exp_avg'] = torch.zeros(200, 200)
-    ckpt.save(path, saved)
+    save(path, saved)
     before = contents(out_dir)
     with pytest.raises(DataError, match='the optimizer state of the checkpoint does not fit its model: '):
         train(init_from='resume', max_iters=9)
