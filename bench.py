@@ -70,7 +70,8 @@ need(top_k >= 0, f'top_k={top_k} must not be negative; 0 is off')
 need(mode == 'train' or not compare or prompt_tokens + max_new_tokens <= block_size,
      f'compare=True: {prompt_tokens} + {max_new_tokens} tokens do not fit in block_size={block_size}')
 for name in filter(None, without.split(',')):
-    need(name == 'fast' or fast and f' {name} ' in fast.__doc__.replace(',', ' '), f'without={name}: fast.py has none')
+    named = fast and re.search(rf'^    (\w+, )*{re.escape(name)}[, ]', fast.__doc__, re.M)  # in the table there
+    need(name == 'fast' or named, f'without={name}: fast.py has none')
 gpt2 = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias)
 note_mistakes(GPTConfig, **gpt2)
 GPUS = {'A100': (2.0, 80, 200), 'H100': (3.35, 80, 300), 'H200': (4.8, 141, 300), 'B200': (8.0, 180, 600),
@@ -88,8 +89,7 @@ cuda = where.type == 'cuda'
 
 def now() -> float:
     """Seconds, when the device has caught up."""
-    if cuda:
-        torch.cuda.synchronize()
+    getattr(torch, where.type).synchronize()
     return time.perf_counter()
 
 
@@ -290,7 +290,7 @@ def time_sample() -> None:
 
     stream, how = (fast or GPT).stream, dict(compiled=compile, spare=free_memory(where.type)) if fast else {}
     ours = report(f'generate, {batch_size} x {max_new_tokens} tokens', seconds(
-        lambda: list(stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how)), 5))
+        lambda: list(stream(model, prompt, max_new_tokens, top_k=top_k, vocab_size=known, **how))))
     if not compare:
         return
 
@@ -312,19 +312,19 @@ def time_sample() -> None:
         min_new_tokens=max_new_tokens, pad_token_id=0, **cache), 2), ours)
 
 
-_, rank, local_rank, world_size = launched()
+several, rank, local_rank, world_size = launched()
 if rank > 0:
     sys.stdout = open(os.devnull, 'w')  # under torchrun the first process speaks
 if estimate:
     sys.exit(estimate_gpus())
 if cuda:
-    where = torch.device('cuda', local_rank)
+    where = torch.device('cuda', local_rank if several else where.index or 0)
     torch.cuda.set_device(where)
 peak = measure_ceilings()
-alone = time_alone() if mode == 'train' else None
 if mode == 'sample':
     time_sample()
 else:
+    alone = time_alone()
     ours, trained_vocab = time_train()
     if alone:
         print(f'one process with its share{", not sharded," * shard} takes {alone * 1000:.4f}ms: {world_size} do '

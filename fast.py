@@ -17,7 +17,7 @@ Which part gains what: how much longer things take without it (all figures, mach
     BFloat16Stream, FoldedLayerNorm         the same: 4% (on a CPU 12%), 2% (a small model 5%)
     PolynomialGELU, AddingEmbeddings        the same: 2%, 0.5%, and 2 s of compiling before the first update
     shared                                  on each of two GPUs one micro-step of these: 3%
-    Dropout16, CPUAttention                 6 layers of 384 with dropout on a CPU: 18%, 12%; small, in bfloat16: 0, 61%
+    Dropout16, CPUAttention                 6 layers of 384 with dropout on a CPU: 18%, 12%; 4 of 128, bfloat16: 0, 61%
     Dropout16 on a GPU                      6 layers of 384, compiled: 2%
     token_kernels, draw_ids, launch_options a token of one sample on a GPU: 15 times as long; 31%, 12%
     OneDNNLinear, packed                    ten samples on a CPU: 48%, 24%; past block_size 12%, 5%
@@ -228,8 +228,8 @@ uncounted = 0  # bytes that are in use and not in torch.cuda.memory_allocated()
 
 
 def shared(n: int, device: torch.device) -> list[torch.Tensor]:
-    """n zeros; then, where NVLink joins the GPUs of all ranks, those of the other ranks, from the next one on, each in
-    the memory of its own GPU: to read and write them there takes two thirds to three quarters of NCCL's time."""
+    """A list of n zeros and, where NVLink joins the GPUs of all ranks, the n zeros of each other rank, the next one's
+    first. Those stay in their GPU's memory: to read and write them there takes 2/3 to 3/4 of NCCL's time."""
     global uncounted
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     one_host = os.environ.get('LOCAL_WORLD_SIZE') == str(ranks)
@@ -269,29 +269,30 @@ class FlatAdamW(torch.optim.AdamW):
         self.starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in self.params)]  # aligned, for matmuls
         n, device = -(-self.starts[-1] // (64 * self.ranks)) * 64, self.params[0].device
         first, last = n * rank, n * (rank + 1)  # this rank's part
-        self.gradients, *theirs = shared(n * self.ranks, device)
+        self.gradients, *their_gradients = shared(n * self.ranks, device)
         before, self.moments = [plain.state.pop(p, {}) for p in self.params], {}  # of a resumed run; else empty
         for name in ('exp_avg', 'exp_avg_sq'):  # put together in the place of the gradients, which are zeros
             for piece, state in zip(self.slices(self.gradients), before):
                 piece.copy_(state.pop(name, piece))
             self.moments[name] = self.gradients[first:last].clone()
         self.zero_grad()
-        self.weights, *copies = shared(n * self.ranks, device)
+        self.weights, *their_weights = shared(n * self.ranks, device)
         for p, weight, grad in zip(self.params, self.slices(self.weights), self.slices(self.gradients)):
             p.data, p.grad = weight.copy_(p.detach()), grad
         self.part, self.part.grad = self.weights[first:last], self.gradients[first:last]
-        self.theirs, self.one = [grad[first:last] for grad in theirs], torch.zeros((), device=device)
-        self.beside = torch.cuda.Stream(device) if copies else None
+        self.their_gradients = [grad[first:last] for grad in their_gradients]
+        self.zero = torch.zeros((), device=device)
+        self.beside, pieces = (torch.cuda.Stream(device), 4) if their_weights else (None, 1)
         # a piece is of one group, whose weights stand side by side; the more pieces, the sooner the first is sent
         ends = [self.starts[i] for i in itertools.accumulate(len(group['params']) for group in groups)][:-1]
-        cuts = sorted({*range(0, n, n // (4 if copies else 1)), *(end - first for end in ends if first < end < last)})
+        cuts = sorted({*range(0, n, n // pieces), *(end - first for end in ends if first < end < last)})
         own, grads, *moments = (flat.tensor_split(cuts[1:]) for flat in (
             self.part, self.part.grad, *self.moments.values()))
-        self.copies = list(zip(*(weight[first:last].tensor_split(cuts[1:]) for weight in copies)))
+        self.their_weights = list(zip(*(weight[first:last].tensor_split(cuts[1:]) for weight in their_weights)))
         super().__init__([{**groups[bisect.bisect(ends, first + cut)], 'params': [p]} for cut, p in zip(cuts, own)],
                          fused=True)
-        for p, p.grad, *state in zip(own, grads, *moments):
-            step = before[0].get('step', torch.zeros((), device=device)).clone()
+        for p, grad, *state in zip(own, grads, *moments):
+            p.grad, step = grad, before[0].get('step', torch.zeros((), device=device)).clone()
             self.state[p] = {'step': step, **dict(zip(self.moments, state))}
         renew_copies(model)
 
@@ -308,9 +309,9 @@ class FlatAdamW(torch.optim.AdamW):
     def average_and_clip(self, limit: float) -> torch.Tensor:
         """Make the gradients of this rank's part the mean over all ranks, and clip them; returns their norm before."""
         finish_gradients(self.model)
-        if self.theirs:
+        if self.their_gradients:
             self.meet()
-            for grad in self.theirs:
+            for grad in self.their_gradients:
                 self.part.grad.add_(grad)
         elif self.ranks > 1:
             reduce_scatter(self.part.grad, self.gradients)
@@ -322,15 +323,15 @@ class FlatAdamW(torch.optim.AdamW):
         return norm
 
     def step(self, closure: None = None) -> None:
-        if self.copies:
+        if self.their_weights:
             groups, main = self.param_groups, torch.cuda.current_stream()
-            for group, copies in zip(groups, self.copies):
+            for group, theirs in zip(groups, self.their_weights):
                 self.param_groups = [group]
                 super().step()
                 self.beside.wait_stream(main)
                 with torch.cuda.stream(self.beside):  # a piece is sent while the next one is updated
-                    for copy in copies:
-                        copy.copy_(*group['params'])
+                    for weights in theirs:
+                        weights.copy_(*group['params'])
             self.param_groups = groups
             main.wait_stream(self.beside)
             self.meet()
@@ -342,7 +343,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     def meet(self) -> None:
         """Let the GPU wait until those of all ranks are here; if one never comes, NCCL's timeout ends the run."""
-        dist.all_reduce(self.one)
+        dist.all_reduce(self.zero)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         self.gradients.zero_()
@@ -364,7 +365,7 @@ class FlatAdamW(torch.optim.AdamW):
 # matmul that adds. So Linears read a copy of their weight in 16 bits, made once an update, and add to weight.grad. A
 # LayerNorm without bias before a Linear is folded into that copy; finish_gradients() tells their gradients apart.
 
-AT_ONCE = 1 << 24  # elements of weights that a kernel takes, or one matrix; finish_gradients() holds so many products
+AT_ONCE = 1 << 24  # at most so many weights, or one layer, in a kernel; finish_gradients() holds as many products
 
 
 @torch.library.custom_op('exactgpt::add_product', mutates_args=('total',))  # the compiler would not do it in one call
@@ -377,14 +378,14 @@ def add_gradients(model: GPT, dtype: torch.dtype) -> None:
     """Let the Linears of a model add to their gradients by themselves; a FlatAdamW must follow."""
     blocks = model.transformer.h
     kinds = [*zip(*([m for m in block.modules() if type(m) is nn.Linear] for block in blocks)), (model.lm_head,)]
-    model.alike = []  # layers at one place in the blocks: one kernel does for all of a group
+    model.alike = []  # layers at one place in the blocks, and their copies: one kernel does for all of a group
     for kind in kinds:
         n = max(1, AT_ONCE // kind[0].weight.numel())
-        model.alike += [kind[i:i + n] for i in range(0, len(kind), n)]
-    for layers in model.alike:
-        copies = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape, dtype=dtype)
-        for layer, layer.weight16 in zip(layers, copies):
-            layer.__class__, layer.norm = AddingLinear, None
+        for layers in (kind[i:i + n] for i in range(0, len(kind), n)):
+            copies = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape, dtype=dtype)
+            model.alike.append((layers, copies))
+            for layer, copy in zip(layers, copies):
+                layer.__class__, layer.weight16, layer.norm = AddingLinear, copy, None
     for block in blocks:
         for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
             if norm.bias is None and 'FoldedLayerNorm' not in left_out:
@@ -403,8 +404,8 @@ def stacked(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def renew_copies(model: GPT) -> None:
     """Copy the weights of AddingLinears in 16 bits, each times the weight of the LayerNorm that was folded into it."""
-    for layers in vars(model).get('alike', ()):
-        weights, copies = stacked(layer.weight for layer in layers), stacked(layer.weight16 for layer in layers)
+    for layers, copies in vars(model).get('alike', ()):
+        weights = stacked(layer.weight for layer in layers)
         if layers[0].norm:
             torch.mul(weights, stacked(layer.norm.weight for layer in layers)[:, None], out=copies)
         else:
@@ -414,7 +415,7 @@ def renew_copies(model: GPT) -> None:
 @torch.no_grad()
 def finish_gradients(model: GPT) -> None:
     """By the product rule, make of the gradient of weight * norm.weight, in weight.grad, those of its factors."""
-    for layers in vars(model).get('alike', ()):
+    for layers, _ in vars(model).get('alike', ()):
         if layers[0].norm:
             norms, grads = [layer.norm.weight for layer in layers], stacked(layer.weight.grad for layer in layers)
             torch.sum(stacked(layer.weight for layer in layers) * grads, 1, out=stacked(norm.grad for norm in norms))
@@ -437,8 +438,8 @@ class FoldedLayerNorm(nn.LayerNorm):
 
 
 class Normalized(torch.autograd.Function):
-    """(x - mean) / deviation, over the channels. Its backward pass reads y, which the next Linear keeps anyway where x
-    has 16 bits, and not x, which then is not kept: a twelfth of all memory."""
+    """(x - mean) / deviation, over the channels. Its backward pass reads y, which the next Linear keeps anyway if x has
+    16 bits; so x itself need not be kept, which saves a twelfth of all memory."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -516,7 +517,6 @@ def captured(function: Callable, device: torch.device, warm: int = 1) -> Callabl
             return function(*args)
         if graph is None:
             graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in args]
-            torch.cuda.synchronize(device)
             with torch.cuda.graph(graph):
                 result = function(*inputs)
         for mine, given in zip(inputs, args):

@@ -162,7 +162,7 @@ if device_type == 'cpu' and whole * raw_model.flops_per_token() > 1e15:
 
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-if resumed:  # moments and steps from the file, hyperparameters from the options
+if resumed and not eval_only:  # moments and steps from the file, hyperparameters from the options
     ckpt.restore(optimizer, scaler, stored)
     stored = {'wandb_id': stored.get('wandb_id')}  # its tensors live in model and optimizer now
 if compile:
@@ -172,7 +172,7 @@ if compile:
         compile = False
         say(f'torch.compile does not work here ({type(e).__name__}); going on without it')
 # fast.py swaps in faster parts. flat: whether it also makes all weights one tensor, of which each rank updates a part;
-# not in float16, where each would see other infinities
+# not on several ranks in float16, where each would see the infinities of its own part only
 can_be_flat = not (eval_only or shard or recompute) and (not ddp or backend == 'nccl' and dtype != 'float16')
 flat = fast is not None and fast.for_training(raw_model, number_format, compile,
                                               flat=can_be_flat and fast.FlatAdamW.fits(raw_model, optimizer))
@@ -226,7 +226,7 @@ micro_step, finish_update = forward_backward, clip_and_step
 if capture:
     for group in optimizer.param_groups:
         group.update(lr=torch.tensor(learning_rate, device=device), capturable=True)
-    # not the first update, which compiles, nor what ranks exchange: within a graph NCCL would not notice a lost one
+    # not the first update, which compiles; nor, of several ranks, the exchange: in a graph NCCL misses a lost one
     micro_step = fast.captured(forward_backward, torch.device(device), warm=micro_steps)
     finish_update = clip_and_step if ddp else fast.captured(clip_and_step, torch.device(device))
 
@@ -326,26 +326,26 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if master and not (eval_only or 
 stop.listen()
 saved_at = iter_num  # updates up to this one need no save
 watch = Stopwatch(iter_num, lambda dt: raw_model.estimate_mfu(batch_size * micro_steps, dt))
-stops, numbers = False, None  # whether to end; if the last update is to be logged, what waits for its loss and norm
+stops, numbers = False, None  # whether to end; a function that waits for the last update's numbers, if it is logged
 
 while not nothing_to_do:  # every end is a break below
-    stops = stops or (bool(stop) and not ddp)  # several ranks agree on it where they log
+    stops = stops or (bool(stop) and not ddp)  # of several ranks all must know: by `told`, where they log
     evaluates = iter_num % eval_interval == 0 or iter_num == max_iters or eval_only
     # the GPU never waits for a log: a small model's next update begins before it, but not before evaluation or save
     begun = update(iter_num) if capture and not (evaluates or stops) else None
 
     # log the last update
     if numbers:
-        loss, told, *norms[:] = numbers()  # told: the share of ranks that were told to stop
-        stops = stops or told > 0
-        step, numbers, norm = iter_num - 1, None, norms[-1]  # check_finite() clears norms
+        loss, told, *norms_since = numbers()  # told: the share of ranks that were told to stop
+        stops, numbers, norms[:] = stops or told > 0, None, norms_since  # on the host now
+        step, norm = iter_num - 1, norms_since[-1]
         check_finite(loss)
         dt = watch.lap(iter_num)
         say(f'iter {step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {watch.mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tok/s{watch.left(max_iters, eval_interval)}')
         log.write('train', iter=step, loss=loss, lr=lr_at(step), norm=norm, ms=dt * 1000, tok_s=tokens_per_iter / dt)
 
-    # stop, but not with an update begun and not counted; after the last one there is an evaluation and a save anyway
+    # stop, unless an update has begun that iter_num does not count yet; at max_iters the save below comes anyway
     if stops and begun is None and saved_at < iter_num < max_iters:
         check_finite()
         with saving('ckpt.pt' if always_save_checkpoint else 'last.pt'):
@@ -361,7 +361,7 @@ while not nothing_to_do:  # every end is a break below
             check_finite(val_loss)
             improved = val_loss < best_val_loss
             best_val_loss = min(val_loss, best_val_loss)
-            # a resumed state is in a file already, perhaps in last.pt, never evaluated: if it is best, to ckpt.pt
+            # a state just resumed is in a file already; if that is a last.pt never evaluated, and best, ckpt.pt gets it
             saves = not eval_only and (iter_num > saved_at or (improved and resumed))
             name = 'ckpt.pt' if improved or always_save_checkpoint else 'last.pt'
             with saving(name) if saves else contextlib.nullcontext():

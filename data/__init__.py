@@ -1,5 +1,6 @@
 """Everything on disk: token bins, tokenizers, checkpoints, logs. One folder a dataset, with its prepare.py."""
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -117,16 +118,18 @@ def nobody_reads() -> None:
 
 def leave(status=0, at_once: bool = False) -> None:
     """
-    End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: without Python's
-    own end, in which gloo's thread may drop its last Python object too late ("terminate called", exit code -6).
+    End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: with statements
+    have their ends, but not Python's interpreter, in which gloo's thread may drop its last Python object too late
+    ("terminate called", exit code -6).
     """
     if at_once:
         if isinstance(status, str):
             print(status, file=sys.stderr)
+            status = 1
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1 if isinstance(status, str) else status)
-    if status:
+        atexit.register(os._exit, status)
+    if status or at_once:
         sys.exit(status)
 
 

@@ -1,7 +1,6 @@
 """A plain dict to disk and back: saved atomically, verified when read."""
 
 import contextlib
-import errno
 import os
 import re
 import zipfile
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from data import FULL, NAMES, DataError
 
@@ -55,11 +54,8 @@ def _replace(path: str, writing: Future) -> None:
         os.replace(path + '.tmp', path)
         if hasattr(os, 'O_DIRECTORY'):  # the new name itself must survive a power cut too
             folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_DIRECTORY)
-            try:
+            with contextlib.suppress(OSError):  # some network disks cannot do that
                 os.fsync(folder)
-            except OSError as e:
-                if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot do that
-                    raise
             os.close(folder)
     except (OSError, RuntimeError) as e:  # torch's writer turns some write errors into RuntimeError
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
@@ -72,17 +68,10 @@ def _replace(path: str, writing: Future) -> None:
             os.remove(os.path.join(os.path.dirname(path), 'last.pt'))
 
 
-def _tensors(value) -> list[torch.Tensor]:
-    """Every tensor below a value."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
 def _checksums(value) -> set[int]:
     """CRC-32 of every tensor storage below a value, on as many threads as there are processors."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(value)}.values()
+    storages = [t.untyped_storage() for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+    storages = {s.data_ptr(): s for s in storages}.values()  # each once
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return set(pool.map(lambda s: zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(s).numpy()), storages))
 
@@ -112,10 +101,8 @@ def load(path: str, mmap: bool = False) -> dict:
     try:
         if not zipfile.is_zipfile(path):
             with open(path, 'rb') as f:
-                head = f.read(1)
-            old = '; if torch.load reads it, save it again: before torch 1.6 the format was another'
-            known = {b'\x80': old, b'v': '; it may be a pointer of git-lfs: run git lfs pull'}
-            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{known.get(head, "")}{hint}')
+                lfs = '; it is a pointer of git-lfs: run git lfs pull' if f.read(7) == b'version' else ''
+            raise DataError(f'{path} ({size}) is damaged or not a checkpoint{lfs}{hint}')
         with zipfile.ZipFile(path) as z:
             stored = {entry.CRC for entry in z.infolist() if '/data/' in entry.filename}
             for entry in z.infolist():  # the pickle before anything is built from it
@@ -125,9 +112,14 @@ def load(path: str, mmap: bool = False) -> dict:
                             pass
         # mapped, a name that is no UTF-8 is an error to torch
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and path.isprintable())
-        # torch reads the zip's headers its own way: what counts is that the bytes it came back with are those covered
+        # torch parses the zip by itself: what counts is that the bytes it returned have the checksums read above
         if _checksums(checkpoint) != stored:
             raise DataError(f'{path} ({size}) is damaged: its tensors do not match their checksums{hint}')
+        if not isinstance(checkpoint, dict) or not _plain(checkpoint):
+            raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
+        if problem := _problem(checkpoint):
+            raise DataError(f'{path} ({size}) cannot be used: {problem}{hint}')
+        return checkpoint
     except DataError:
         raise
     except Exception as e:  # a broken file raises nearly anything
@@ -136,11 +128,6 @@ def load(path: str, mmap: bool = False) -> dict:
             raise DataError(f'{path} holds {what}, which could run code and is not loaded: load it where it was made, '
                             'turn that into plain values, save it again') from e
         raise DataError(f'{path} ({size}) is damaged or not a checkpoint ({type(e).__name__}){hint}') from e
-    if not isinstance(checkpoint, dict) or not _plain(checkpoint):
-        raise DataError(f'{path} ({size}) is not a checkpoint: more than plain values and dense tensors{hint}')
-    if problem := _problem(checkpoint):
-        raise DataError(f'{path} ({size}) cannot be used: {problem}{hint}')
-    return checkpoint
 
 
 def _problem(checkpoint: dict) -> str | None:
@@ -196,11 +183,11 @@ def misfit(optimizer: torch.optim.Optimizer, stored) -> str | None:
             if getattr(entry[name], 'shape', None) != p.shape or not entry[name].is_floating_point():
                 return (f'{name} of parameter {i} is {tuple(getattr(entry[name], "shape", ()))} of '
                         f'{getattr(entry[name], "dtype", "no tensor")}, the model needs {tuple(p.shape)} of float32')
-    return f'parameter {max(state, key=str)} is unknown' if len(state) > len(params) else None
+    return next((f'parameter {i} is unknown' for i in state if i not in params), None)
 
 
 def differences(checkpoint: dict, config: dict, digests: dict) -> list[str]:
-    """What a run's options and its data, known by sha256 sums, say otherwise than the checkpoint it resumes, a line
+    """How the options of a run, and its data by their sha256 sums, differ from the checkpoint that it resumes, a line
     each; the shape is the file's."""
     shape = _shape(checkpoint, config)
     lines = [f'{key}={value} comes from the checkpoint, {key}={config[key]} is ignored'
@@ -274,10 +261,8 @@ def whole(state: dict, keep: bool) -> dict:
     """The state of model and optimizer; of a sharded run its DTensors are gathered, on the CPU of ranks that `keep`
     them; all ranks must call this."""
     def gather(t):
-        if not hasattr(t, 'full_tensor'):
-            return t
-        full = t.full_tensor()
-        return full.cpu() if keep else None
+        full = t.full_tensor() if hasattr(t, 'full_tensor') else t
+        return full if full is t else full.cpu() if keep else None
     state = tree_map(gather, state)
     state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied: one tensor in the file, too
     return state

@@ -47,7 +47,7 @@ def files_of(paths: Iterable[str]) -> list[str]:
     found, other = [], []
     for path in paths:
         if os.path.isdir(path):
-            below = glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True)
+            below = glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)
             below = sorted(filter(os.path.isfile, below))
             files = [f for f in below if kind(f)]
             other += [os.path.splitext(f)[1] or 'no ending' for f in below if not kind(f)]
@@ -73,10 +73,8 @@ def _chunks(path: str) -> Iterator[tuple[bytes, float]]:
     """The bytes of a file, decompressed, in pieces; and how much of the file has been read."""
     try:
         with open(path, 'rb') as raw:
-            file = raw
-            if path.lower().endswith('.gz'):
-                file = gzip.open(raw)
-            elif path.lower().endswith('.zst'):
+            file = gzip.open(raw) if path.lower().endswith('.gz') else raw
+            if path.lower().endswith('.zst'):
                 import pyarrow
                 file = pyarrow.CompressedInputStream(raw, 'zstd')
             while chunk := file.read(PIECE):
@@ -132,8 +130,8 @@ def _parquet(path: str, field: str) -> Iterator:
 
 
 def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int] | list, int, float]]:
-    """Parts of a parquet file: row group, first row in it, rows to read at once; or, of a large group, the texts; rows;
-    how much has been read."""
+    """Parts of a parquet file, each with its number of rows and how much has been read: (row group, first row in it,
+    rows to read at once), or, of a large group, the texts themselves."""
     with _parquet(path, field) as file:
         done, all_rows = 0, max(1, file.metadata.num_rows)
         for g in range(file.metadata.num_row_groups):
@@ -142,10 +140,8 @@ def _row_ranges(path: str, field: str) -> Iterator[tuple[tuple[int, int, int] | 
             size = max(1, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field))
             large = size > 32 * PIECE  # to find a part, a process has to read those before it
             step, at_once = (max(1, n * PIECE * group.num_rows // size) for n in (4 if large else 8, 1))
-            parts = range(0, group.num_rows, step)
-            if large:
-                batches = file.iter_batches(step, row_groups=[g], columns=[field], use_threads=False)
-            for start in parts:
+            batches = file.iter_batches(step, row_groups=[g], columns=[field], use_threads=False)  # lazily
+            for start in range(0, group.num_rows, step):
                 n = min(step, group.num_rows - start)
                 done += n
                 texts = next(batches).column(0).to_pylist() if large else (g, start, at_once)
@@ -161,15 +157,18 @@ def _rows(path: str, field: str, group: int, start: int, at_once: int) -> Iterat
             start = max(0, start - len(batch))
 
 
-def count_rows(files: list[str]) -> int:
+def count_rows(files: list[str], field: str = 'text') -> int:
     """Documents in some parquet files, by what they say of themselves."""
-    import pyarrow.parquet
-    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
+    n = 0
+    for path in files:
+        with _parquet(path, field) as file:
+            n += file.metadata.num_rows
+    return n
 
 
 def random_share(val: float, seed: int) -> Callable[[int, int], np.ndarray]:
-    """is_val(first, count) of pieces(): each document with probability val, and the second one always, so that few have
-    one, too; the same documents however they come in pieces."""
+    """is_val(first, count) of pieces(): each document with probability val; and always the second one, so that val is
+    never empty. The same documents, whatever pieces they come in."""
     def is_val(first: int, count: int) -> np.ndarray:
         random = np.random.Philox(key=seed).advance(first).random_raw(4 * count)[::4]  # four numbers an advance
         return (random < val * 2.0 ** 64) | (np.arange(first, first + count) == 1)
@@ -231,24 +230,23 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
     elif isinstance(texts, tuple):
         texts = _rows(piece.path, field, *texts)
     for i, text in enumerate(itertools.islice(texts, piece.count)):
+        line = f'{piece.path}, line {piece.first + i + 1}'
         if isinstance(piece.texts, bytes):
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
-                raise DataError(f'{piece.path}, line {piece.first + i + 1} is no JSON ({e})') from None
+                raise DataError(f'{line} is no JSON ({e})') from None
             if not isinstance(record, dict) or field not in record:
                 has = ', '.join(record) if isinstance(record, dict) else f'it is a {type(record).__name__}'
-                raise DataError(f'{piece.path}, line {piece.first + i + 1} has no field {field} ({has}): choose '
-                                'one with --field')
+                raise DataError(f'{line} has no field {field} ({has}): choose one with --field')
             text = record[field]
         elif isinstance(text, bytes):  # a column of parquet that does not say that it is text
             try:
                 text = text.decode()
             except UnicodeDecodeError:
-                raise DataError(f'{piece.path}, line {piece.first + i + 1}: {field} is not UTF-8') from None
+                raise DataError(f'{line}: {field} is not UTF-8') from None
         if not (text is None or isinstance(text, str)):
-            raise DataError(f'{piece.path}, line {piece.first + i + 1}: {field} is no text, but '
-                            f'{type(text).__name__}')
+            raise DataError(f'{line}: {field} is no text, but {type(text).__name__}')
         if text or _given['empty']:
             yield i, text or ''
 

@@ -129,7 +129,8 @@ def test_a_profile_is_written_beside_the_caller(bench):
 def test_mistakes_are_one_line_each(bench, capsys):
     for options, problems in ((dict(steps=0, warmup_steps=0), ['bench.py: warmup_steps=0 must be at least 1',
                                                                'bench.py: steps=0 must be at least 1']),
-                              (dict(without='FusedLos'), ['bench.py: without=FusedLos: fast.py has none']),
+                              (dict(without='FusedLos,GPU'), [f'bench.py: without={name}: fast.py has none'
+                                                              for name in ('FusedLos', 'GPU')]),
                               (dict(n_head=3), ['bench.py: n_embd=8 must be a multiple of n_head=3'])):
         with pytest.raises(SystemExit) as ended:
             bench(**options)

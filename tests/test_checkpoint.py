@@ -53,15 +53,14 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
-def test_a_file_of_torch_before_1_6_is_named_for_what_it_is(tmp_path):
+def test_a_file_in_the_format_before_torch_1_6(tmp_path):
     torch.save(example(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
-    assert refusal(tmp_path / 'ckpt.pt').endswith(
-        'if torch.load reads it, save it again: before torch 1.6 the format was another')
+    assert refusal(tmp_path / 'ckpt.pt').endswith(' bytes) is damaged or not a checkpoint')
 
 
 def test_a_pointer_of_git_lfs(tmp_path):
     (tmp_path / 'ckpt.pt').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n')
-    assert refusal(tmp_path / 'ckpt.pt').endswith('; it may be a pointer of git-lfs: run git lfs pull')
+    assert refusal(tmp_path / 'ckpt.pt').endswith('; it is a pointer of git-lfs: run git lfs pull')
 
 
 def test_a_name_that_is_no_utf8(tmp_path):
@@ -71,8 +70,8 @@ def test_a_name_that_is_no_utf8(tmp_path):
     assert same(ckpt.load(f'{folder}/ckpt.pt', mmap=True), ckpt.load(f'{folder}/ckpt.pt'))
 
 
-@pytest.mark.parametrize('number, fails', [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
-def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch, number, fails):
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch, number):
     """As some network disks; there is none here, so that its system call has to be played."""
     def fsync(fd, real=os.fsync):
         if stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -80,11 +79,7 @@ def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch, number, fails):
         real(fd)
 
     monkeypatch.setattr(os, 'fsync', fsync)
-    if fails:
-        with pytest.raises(DataError, match='Input/output error'):
-            save(str(tmp_path / 'ckpt.pt'), example())
-    else:
-        save(str(tmp_path / 'ckpt.pt'), example())
+    save(str(tmp_path / 'ckpt.pt'), example())
     assert same(ckpt.load(str(tmp_path / 'ckpt.pt')), example())
 
 
@@ -301,6 +296,13 @@ def test_sizes_that_no_tensors_are_there_for(tmp_path, size, value):
     assert f'{size}={value}, but its 3 tensors hold 72 numbers' in refusal(tmp_path / 'ckpt.pt')
 
 
+def test_weights_in_a_format_that_torch_cannot_compute_with(tmp_path):
+    checkpoint = example()
+    checkpoint['model'] = {name: weight.to(torch.float8_e4m3fn) for name, weight in checkpoint['model'].items()}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    assert refusal(tmp_path / 'ckpt.pt').endswith('is damaged or not a checkpoint (NotImplementedError)')
+
+
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool])
 def test_weights_that_are_integers_are_refused(tmp_path, dtype):
     """But for the masks that the original keeps beside its weights."""
@@ -325,6 +327,12 @@ def test_moments_are_floats_of_any_width(dtype, fits):
     else:
         assert ckpt.misfit(optimizer, state) == (
             'exp_avg of parameter 0 is (2,) of torch.int64, the model needs (2,) of float32')
+
+
+def test_moments_of_a_parameter_too_many_name_it():
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True) for _ in range(11)])
+    moments = {'step': 1, 'exp_avg': torch.zeros(2), 'exp_avg_sq': torch.zeros(2)}
+    assert ckpt.misfit(optimizer, {'state': dict.fromkeys(range(12), moments)}) == 'parameter 11 is unknown'
 
 
 @pytest.mark.parametrize('step, fits', [(torch.tensor(3.0), True), (3, True), (torch.zeros(3), False), ('foo', False),

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import platform
 import signal
 import subprocess
@@ -218,7 +219,7 @@ def test_gradients_added_by_the_backward_pass_itself_are_those_of_autograd(monke
     monkeypatch.setattr(fast, 'add_product', add_product)
     monkeypatch.setattr(fast, 'AT_ONCE', at_once)
     fast.add_gradients(net, torch.float32)
-    assert [len(layers) for layers in net.alike] == ([1] * 9 if at_once == 1 else [2, 2, 2, 2, 1])
+    assert [len(layers) for layers, _ in net.alike] == ([1] * 9 if at_once == 1 else [2, 2, 2, 2, 1])
     flat(net)
     for n in (1, 2):
         (n * net(x, y)[1]).backward()
@@ -647,14 +648,15 @@ def test_ids_are_drawn_at_the_ends_and_from_nan(device):
 
 
 @pytest.mark.parametrize('given, spins', [
-    ({}, '10000'), pytest.param({'GOMP_SPINCOUNT': '7'}, '7', marks=pytest.mark.slow)])
+    ({}, '10000|0'), pytest.param({'GOMP_SPINCOUNT': '7'}, '7', marks=pytest.mark.slow)])
 def test_threads_soon_stop_spinning(given, spins):
-    """The library of threads says at its start what it was told; unless the user says otherwise, that is ours."""
+    """The library of threads says at its start what it was told; unless the user says otherwise, that is ours, 0
+    where more threads run than there are cores."""
     env = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'}
     done = run(sys.executable, '-c', 'import fast', cwd=ROOT, env={**env, 'OMP_DISPLAY_ENV': 'verbose', **given})
     if 'GOMP_SPINCOUNT' not in done.stderr:
         pytest.skip('torch does not use libgomp here')
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert re.search(f"GOMP_SPINCOUNT = '({spins})'", done.stderr), done.stderr
 
 
 @pytest.mark.slow

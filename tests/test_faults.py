@@ -678,6 +678,17 @@ def test_rank_that_raises_ends_the_job(options, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_loss_of_train_that_is_not_finite_leaves_no_file_that_was_begun(options, tmp_path):
+    """Gloo's processes end without Python's own end, but not without those of with statements."""
+    nan = ("from data.bins import Bins; read = Bins.eval_batches; Bins.eval_batches = lambda self, split, *shape: ("
+           "(x, y, n if split == 'val' else float('nan')) for x, y, n in read(self, split, *shape))")
+    done = torchrun(2, faulty(tmp_path, 1, nan), *options(), timeout=60)
+    assert done.returncode == 1 and ': ended without a save; a lower learning_rate may help\n' in done.stderr
+    assert latest(tmp_path / 'out')['iter_num'] == 4
+    assert sorted(os.listdir(tmp_path / 'out')) == ['ckpt.pt', 'log.jsonl']
+
+
+@pytest.mark.slow
 def test_hung_rank_does_not_outlive_sigterm(options, tmp_path):
     """torchrun kills after 30 s what did not stop; the checkpoint from before stays."""
     path, out = faulty(tmp_path, 1, "__import__('time').sleep(1000)"), tmp_path / 'out'

@@ -279,6 +279,10 @@ def test_openwebtext_from_an_odd_folder(folder, tmp_path):
             last = done.stderr.splitlines()[-1]
             assert done.returncode == 2 and last.startswith(f'{tmp_path / name}') and 'Traceback' not in done.stderr
             assert 'has no column text, but content: choose one with --field' in last
+    part = tmp_path / 'data[1]' / 'part[0].parquet'
+    os.truncate(part, part.stat().st_size - 4)
+    last = openwebtext(here, tmp_path / 'home', str(part.parent)).stderr.splitlines()[-1]
+    assert last.startswith(f'{part} cannot be read as parquet (')
 
 
 @pytest.mark.slow

@@ -336,6 +336,16 @@ def test_eval_only_with_resume_writes_nothing(train, out_dir):
     assert not any(line.startswith('saving') for line in done.lines)
 
 
+def test_eval_only_needs_no_optimizer(train, out_dir):
+    train(max_iters=6)
+    checkpoint = torch.load(out_dir / 'ckpt.pt')
+    del checkpoint['optimizer']
+    torch.save(checkpoint, out_dir / 'ckpt.pt')
+    assert steps(train(init_from='resume', eval_only=True)) == [6]
+    with pytest.raises(DataError, match='optimizer state of the checkpoint does not fit its model: it has none'):
+        train(init_from='resume', max_iters=8)
+
+
 def test_a_second_fresh_run_keeps_the_first(train, out_dir):
     train()
     first = contents(out_dir)
