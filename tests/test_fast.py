@@ -3,8 +3,8 @@
 import copy
 import math
 import os
-import re
 import platform
+import re
 import signal
 import subprocess
 import sys
