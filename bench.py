@@ -165,7 +165,8 @@ def time_train() -> tuple[float, int]:
         names = ('batch_size', 'block_size', 'bias', 'seed', 'device', 'dtype', 'compile', 'n_layer', 'n_head',
                  'n_embd', 'dropout', 'gradient_accumulation_steps', 'shard', 'recompute', 'deterministic')
         sys.argv = ['train.py', *(f'--{name}={config[name]}' for name in names), f'--dataset={source}',
-                    f'--out_dir={scratch}', '--eval_iters=1', f'--log_interval={warmup_steps + steps}']
+                    f'--out_dir={scratch}', '--eval_iters=1',
+                    *(f'--{name}={warmup_steps + steps}' for name in ('log_interval', 'max_iters'))]
         try:
             runpy.run_path(os.path.join(here, 'train.py'), init_globals={'on_step': watch}, run_name='__main__')
         except Enough as e:

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from data import DataError, codec, versions
+from data import DataError, codec, versions, writing
 from data import checkpoint as ckpt
 from model import CONV1D, GPT
 
@@ -56,25 +56,25 @@ hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
     vocab_size=tokenizer.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
     n_head=c.n_head, activation_function={'exact': 'gelu', 'tanh': 'gelu_new'}[c.gelu], resid_pdrop=c.dropout,
     embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=bos, eos_token_id=bos, pad_token_id=bos))
-ours, weights = model.state_dict(), hf.state_dict()
-for name, weight in weights.items():  # rows beyond the vocabulary are padding; biases that are not there are zeros
+ours = model.state_dict()
+for name, weight in hf.state_dict().items():  # rows beyond the vocabulary are padding; biases not there are zeros
     w = ours.get(name, torch.zeros_like(weight))[:len(weight) if 'wte' in name or 'lm_head' in name else None]
-    weights[name] = (w.t() if name.endswith(CONV1D) else w).contiguous()
-hf.load_state_dict(weights)
+    weight.copy_(w.t() if name.endswith(CONV1D) else w)
 if tokenizer.end_of_text is None:  # a newline, or what else it is, is neither where to stop nor to be overlooked
     hf.generation_config.eos_token_id = hf.generation_config.pad_token_id = None
-hf.save_pretrained(to)
-transformers.PreTrainedTokenizerFast(
-    tokenizer_object=built, bos_token=special, eos_token=special, pad_token=special, model_max_length=c.block_size,
-    clean_up_tokenization_spaces=False).save_pretrained(to)
-if hasattr(tokenizer, 'meta'):  # by this our own scripts know its tokens
-    with open(os.path.join(to, 'meta.pkl'), 'wb') as f:
-        pickle.dump(tokenizer.meta(), f, protocol=4)
 told = {**checkpoint.get('config', {}), **checkpoint['model_args'], 'vocab_size': tokenizer.vocab_size, 'gelu': c.gelu,
         'parameters': hf.num_parameters(), 'updates': checkpoint.get('iter_num'), 'dtype': checkpoint.get('dtype'),
         "the run's best val loss": checkpoint.get('best_val_loss'), 'tokens': tokenizer.name, 'bos': repr(special),
         **versions(), 'transformers': transformers.__version__}
-with open(os.path.join(to, 'README.md'), 'w', encoding='utf-8') as f:
-    f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n| exactGPT | |\n|---|---|\n')
-    f.writelines(f'| {key} | {value} |\n' for key, value in told.items())
+with writing(to):
+    hf.save_pretrained(to)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=built, bos_token=special, eos_token=special, pad_token=special,
+        model_max_length=c.block_size, clean_up_tokenization_spaces=False).save_pretrained(to)
+    if hasattr(tokenizer, 'meta'):  # by this our own scripts know its tokens
+        with open(os.path.join(to, 'meta.pkl'), 'wb') as f:
+            pickle.dump(tokenizer.meta(), f, protocol=4)
+    with open(os.path.join(to, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write('---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n| exactGPT | |\n|---|---|\n')
+        f.writelines(f'| {key} | {value} |\n' for key, value in told.items())
 print(f'{path} is now {to}, in transformers\' format')

@@ -295,8 +295,8 @@ class GPT(nn.Module):
                                                        ignore_mismatched_sizes=True)
         except (OSError, RuntimeError, SafetensorError) as e:
             why = f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'
-            raise ValueError(f'{model_type} cannot be loaded ({why}): a folder that holds config.json and '
-                             'model.safetensors works too') from e
+            raise ValueError(f'{model_type} cannot be loaded ({why}): give a folder that holds config.json and a whole '
+                             'model.safetensors') from e
         # transformers would go on with fresh random values for what is not in the file
         if wrong := {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}:
             raise ValueError(f'{model_type}: the weights do not fit its config.json: {wrong}')

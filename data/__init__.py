@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,16 +34,35 @@ class DataError(Exception):
 
 @contextlib.contextmanager
 def writing(*paths: str):
-    """What is written inside may fill the disk: then the `.tmp` of these paths is removed, with a DataError."""
+    """What is written inside may fill the disk, or have no place any more: DataError. Whatever fails, the `.tmp` of
+    these paths are removed."""
     try:
         yield
-    except OSError as e:
-        if e.errno not in FULL:
-            raise
+    except BaseException as e:
         for path in paths:
             with contextlib.suppress(OSError):
                 os.remove(path + '.tmp')
-        raise DataError(f'{paths[0]} could not be written ({e.strerror}): free some space', one_rank=True) from e
+        full = isinstance(e, OSError) and e.errno in FULL
+        if not full and not (isinstance(e, OSError) and str(e.filename).startswith(paths)):
+            raise
+        raise DataError(f'{paths[0]} could not be written ({e.strerror}){": free some space" * full}',
+                        one_rank=True) from e
+
+
+@contextlib.contextmanager
+def unless_it_fails(path: str):
+    """What is done inside may replace this small file; if it fails, the file is again what it was."""
+    before = path + '.before.tmp'
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(path, before)
+    try:
+        yield
+    except BaseException:
+        if os.path.exists(before):
+            os.replace(before, path)
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(before)
 
 
 def lock(folder: str, otherwise: str = 'choose another with --out_dir') -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data import DataError, codec, lock, unlock, writing
+from data import DataError, codec, lock, unless_it_fails, unlock, writing
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 HASHED_AT_OPEN = 1 << 26  # bytes; smaller bins are checked against their sha256 whenever they are opened
@@ -46,8 +46,8 @@ def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), 
     """
     Write the bins of a dataset: one split per keyword, each an iterable of arrays of token ids, or train and val
     `mixed`, as pairs of a split's name and an array. Each is consumed once and never held whole. tokenizer: a codec,
-    for its vocabulary. Readers refuse the folder from here until all of it is complete. Returns the index in bins.json.
-    DataError for an id outside the vocabulary, a full disk, or a folder that another process writes.
+    for its vocabulary. Readers refuse the folder until all of it is complete, and a failure leaves what was there.
+    Returns the index in bins.json. DataError for an id outside the vocabulary, a full disk, or a folder in use.
     """
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     mixed = itertools.chain(mixed, ((split, ids) for split, arrays in splits.items() for ids in arrays))
@@ -62,31 +62,31 @@ def write(folder: str, tokenizer, mixed: Iterable[tuple[str, np.ndarray]] = (), 
         raise DataError(f'{folder} cannot be written ({e.strerror}): choose another') from e
     with contextlib.ExitStack() as stack, writing(*names, os.path.join(folder, 'bins.json')):
         stack.callback(unlock, folder)
-        _write_index(folder, index)
-        files = {split: stack.enter_context(open(name + '.tmp', 'wb')) for split, name in zip(splits, names)}
-        counts, digests = dict.fromkeys(splits, 0), {split: hashlib.sha256() for split in splits}
-        for split, ids in mixed:
-            ids = np.asarray(ids)
-            if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-                bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
-                raise DataError(f'{split}: token id {bad}, vocabulary {tokenizer.vocab_size}')
-            raw = np.ascontiguousarray(ids, DTYPES[dtype])
-            files[split].write(raw)
-            digests[split].update(raw)
-            counts[split] += len(ids)
-        for split, file in files.items():
-            _sync(file)
-            file.close()
-            index['splits'][split] = {'tokens': counts[split], 'sha256': digests[split].hexdigest()}
-        if meta in names:
-            raw = pickle.dumps(tokenizer.meta(), protocol=4)
-            with open(meta + '.tmp', 'wb') as f:
-                f.write(raw)
-                _sync(f)
-            index['meta_sha256'] = hashlib.sha256(raw).hexdigest()
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(meta)  # of another tokenizer, prepared here before
+        with unless_it_fails(os.path.join(folder, 'bins.json')):
+            _write_index(folder, index)
+            files = {split: stack.enter_context(open(name + '.tmp', 'wb')) for split, name in zip(splits, names)}
+            counts, digests = dict.fromkeys(splits, 0), {split: hashlib.sha256() for split in splits}
+            for split, ids in mixed:
+                ids = np.asarray(ids)
+                if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                    bad = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
+                    raise DataError(f'{split}: token id {bad}, vocabulary {tokenizer.vocab_size}')
+                raw = np.ascontiguousarray(ids, DTYPES[dtype])
+                files[split].write(raw)
+                digests[split].update(raw)
+                counts[split] += len(ids)
+            for split, file in files.items():
+                _sync(file)
+                file.close()
+                index['splits'][split] = {'tokens': counts[split], 'sha256': digests[split].hexdigest()}
+            if meta in names:
+                raw = pickle.dumps(tokenizer.meta(), protocol=4)
+                with open(meta + '.tmp', 'wb') as f:
+                    f.write(raw)
+                    _sync(f)
+                index['meta_sha256'] = hashlib.sha256(raw).hexdigest()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(meta)  # perhaps of another tokenizer
         for name in names:
             os.replace(name + '.tmp', name)
         index['finished'] = True
@@ -151,7 +151,7 @@ class Bins:
 
     def __init__(self, dataset: str, block_size: int):
         folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)  # absolute: as it is
-        folder = folder if os.path.isdir(folder) else dataset
+        folder = folder if os.path.isdir(folder) and dataset[:1] != '.' else dataset  # ./mine: from here
         if os.path.abspath(folder).startswith(os.getcwd() + os.sep):
             folder = os.path.relpath(folder)  # shorter in messages
         self.folder, self.block_size, own = folder, block_size, os.path.join(folder, 'prepare.py')

@@ -237,7 +237,7 @@ def of_folder(folder: str) -> BPECodec | CharCodec | TokenCodec:
         with open(path, encoding='utf-8', errors='replace') as f:
             gpt2 = re.search(r'"(\u0120|\\u0120)gazed":\s*50255\b', f.read())  # its last token but <|endoftext|>
         if not gpt2:
-            raise DataError(f'{path} is a tokenizer of its own, and neither GPT-2\'s nor one that export.py wrote')
+            raise DataError(f'{path} is not GPT-2\'s tokenizer, and the meta.pkl that export.py writes is not there')
     return BPECodec()
 
 

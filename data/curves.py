@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from string import ascii_lowercase as LETTERS
 from typing import NamedTuple
 
@@ -130,10 +131,11 @@ def picture(curves: list[Curve]):
 
 def draw(curves: list[Curve], path: str) -> None:
     """Write their picture, as its ending says. ImportError without matplotlib, DataError if it cannot be written."""
-    figure = picture(curves)
-    try:
-        with writing(path):
-            figure.savefig(path + '.tmp', format=os.path.splitext(path)[1][1:])
+    import matplotlib
+    try:  # a name may hold any characters: $ starts no formula, and one that no font has is a box
+        with writing(path), warnings.catch_warnings(), matplotlib.rc_context({'text.parse_math': False}):
+            warnings.simplefilter('ignore', UserWarning)
+            picture(curves).savefig(path + '.tmp', format=os.path.splitext(path)[1][1:])
         os.replace(path + '.tmp', path)
     except (OSError, ValueError) as e:  # no such folder, no such format
         raise DataError(f'{path} cannot be written ({e})') from e

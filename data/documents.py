@@ -97,7 +97,7 @@ def _texts(path: str) -> Iterator[tuple[str, bool, float]]:
         held += decode(chunk, True)
     except UnicodeDecodeError as e:
         at = read + len(chunk) - len(e.object) + e.start
-        raise DataError(f'{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {at:,}') from None
+        raise DataError(f'{path} is not UTF-8 (byte 0x{e.object[e.start]:02x} at offset {at:,}): convert it') from None
     yield held, False, seen
 
 
@@ -235,10 +235,12 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
             try:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
-                raise DataError(f'{line} is no JSON ({e})') from None
+                raise DataError(f'{line} is no JSON ({e}): each line must be one object') from None
             if not isinstance(record, dict) or field not in record:
-                has = ', '.join(record) if isinstance(record, dict) else f'it is a {type(record).__name__}'
-                raise DataError(f'{line} has no field {field} ({has}): choose one with --field')
+                has = f'fields, but {type(record).__name__}'
+                if isinstance(record, dict):
+                    has = f'field {field} ({", ".join(record)}): choose one with --field'
+                raise DataError(f'{line} has no {has}')
             text = record[field]
         elif isinstance(text, bytes):  # a column of parquet that does not say that it is text
             try:
@@ -246,7 +248,7 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError:
                 raise DataError(f'{line}: {field} is not UTF-8') from None
         if not (text is None or isinstance(text, str)):
-            raise DataError(f'{line}: {field} is no text, but {type(text).__name__}')
+            raise DataError(f'{line}: {field} is no text, but {type(text).__name__}; choose another with --field')
         if text or _given['empty']:
             yield i, text or ''
 

@@ -52,11 +52,11 @@ def claim(folder: str, fresh: bool = False) -> list[str]:
 class RunLog:
     """
     One JSON object a line: {"kind": "run", ...} at each start, then "train" and "eval" records, each with its "iter".
-    Resumed at update `resumed_at`, it first drops the records from there on, so that no step stands there twice.
-    With path None it does nothing, which is what every rank but the first wants. wandb, if asked for, gets all but the
-    first; by `wandb_id` a later process goes on with that run. With matplotlib installed, loss.png beside the log is
-    drawn at the end, and at evaluations as far as that takes no more than a fiftieth of the time. Raises DataError on a
-    full disk.
+    Resumed at update `resumed_at`, it first drops what came after that, and an evaluation there is logged once only.
+    With path None it does nothing, which is what every rank but rank 0 wants. wandb, if asked for, gets all but "run";
+    by `wandb_id` a later process goes on with that run. With matplotlib installed, loss.png beside the log is drawn at
+    the end, and at evaluations as far as that takes no more than a fiftieth of the time. Raises DataError on a full
+    disk, or if the folder is gone.
     """
 
     def __init__(self, path: str | None, header: dict, resumed_at: int = 0, wandb: dict | None = None):
@@ -64,7 +64,7 @@ class RunLog:
         self.undrawn, self.draw_at = False, time.perf_counter() + 60  # what is not in loss.png yet; when to draw again
         if path is None:
             return
-        kept = _before(path, resumed_at) if resumed_at else []
+        kept, self.evaluated = _before(path, resumed_at) if resumed_at else ([], None)
         with writing(path), open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
@@ -75,7 +75,7 @@ class RunLog:
 
     def write(self, kind: str, **record) -> None:
         """Append one record; a number that is not finite becomes its name, since JSON has no word for it."""
-        if self.path is None:
+        if self.path is None or (kind == 'eval' and record['iter'] == self.evaluated):
             return
         record = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         with writing(self.path), open(self.path, 'a', encoding='utf-8') as f:
@@ -121,9 +121,10 @@ class RunLog:
             print(f'wandb failed ({why}); the run goes on without it')
 
 
-def _before(path: str, resumed_at: int) -> list[str]:
-    """The lines of an earlier log that stand before an update; a last line cut short by a kill is dropped too."""
-    kept = []
+def _before(path: str, resumed_at: int) -> tuple[list[str], int | None]:
+    """The lines of an earlier log up to a number of updates, and that number if its evaluation is there; a last line
+    cut short by a kill is dropped too."""
+    kept, evaluated = [], None
     if os.path.exists(path):
         with open(path, encoding='utf-8-sig', errors='replace') as f:
             for line in f:
@@ -131,10 +132,12 @@ def _before(path: str, resumed_at: int) -> list[str]:
                     record = json.loads(line)
                 except ValueError:
                     continue
-                step = record.get('iter') if isinstance(record, dict) else None
-                if type(step) is int and (record.get('kind') == 'run' or step < resumed_at):
+                step, kind = (record.get('iter'), record.get('kind')) if isinstance(record, dict) else (None, None)
+                here = kind == 'eval' and step == resumed_at
+                if type(step) is int and (kind == 'run' or here or step < resumed_at) and not (here and evaluated):
                     kept.append(line.rstrip('\n') + '\n')
-    return kept
+                    evaluated = step if here else evaluated
+    return kept, evaluated
 
 
 def _kill_child(name: str) -> None:

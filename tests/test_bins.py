@@ -300,6 +300,26 @@ def test_prepare_killed_half_way_then_train_then_prepare_again(tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == ['bins.json', 'meta.pkl', 'prepare.py', 'train.bin', 'val.bin']
 
 
+@pytest.mark.parametrize('error', [DataError('line 7 is no JSON'), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_what_fails_before_it_is_complete_leaves_the_dataset_that_stood_there(tmp_path, error):
+    def ids():
+        yield np.arange(50)
+        raise error
+
+    counting(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    with pytest.raises(type(error)):
+        bins.write(str(tmp_path), BPECodec(), train=ids(), val=ids())
+    assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    assert len(Bins(str(tmp_path), 8).tokens['train']) == 1000
+
+
+def test_a_path_that_begins_with_a_dot_is_a_path(tmp_path, monkeypatch):
+    counting(tmp_path / 'data')
+    monkeypatch.chdir(tmp_path / 'data')
+    assert len(Bins('.', 8).tokens['train']) == len(Bins('../data', 8).tokens['train']) == 1000
+
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.parametrize('before', ['nothing', 'an older dataset', 'a finished dataset'])
 def test_killed_at_every_step_of_writing_a_dataset_is_old_or_refused_or_new(tmp_path, before):

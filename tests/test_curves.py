@@ -107,6 +107,12 @@ def test_picture_of_several_runs(tmp_path, matplotlib):
     assert [line.get_xdata()[0] for line in same.lines if line.get_marker() == '*'] == [20, 20] and same.child_axes
 
 
+@pytest.mark.filterwarnings('error')
+def test_a_name_may_hold_any_characters(tmp_path, matplotlib):
+    curves.draw([curves.read(logged(tmp_path / 'a$^$ 🙂'))], str(tmp_path / 'loss.png'))
+    assert os.path.getsize(tmp_path / 'loss.png') > 10_000
+
+
 @pytest.mark.parametrize('updates, val', [(3, {}), (0, {0: float('nan')}), (1, {1: 3.0})])
 def test_few_or_no_evaluations(tmp_path, matplotlib, updates, val):
     curve = curves.read(logged(tmp_path / 'out', updates=updates, val=val))

@@ -66,7 +66,7 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path, raw, byte, offset):
     path.write_bytes(raw)
     with pytest.raises(DataError) as e:
         whole(path)
-    assert str(e.value) == f'{path} is not UTF-8: byte 0x{byte} at offset {offset}'
+    assert str(e.value) == f'{path} is not UTF-8 (byte 0x{byte} at offset {offset}): convert it'
 
 
 @pytest.mark.parametrize('packed', ['', '.gz', '.zst'])
@@ -162,8 +162,9 @@ def test_a_limit_of_texts_and_any_name(tmp_path):
 
 @pytest.mark.parametrize('name, content, message', [
     ('a.jsonl', b'{"text": "a"}\n{"body": "b"}\n', 'a.jsonl, line 2 has no field text (body): choose one with'),
-    ('a.jsonl', b'{"text": "a"}\n\nnonsense\n', 'a.jsonl, line 3 is no JSON (Expecting value: '),
-    ('a.jsonl', b'[1, 2]\n', 'a.jsonl, line 1 has no field text (it is a list): choose'),
+    ('a.jsonl', b'{"text": "a"}\n\nnonsense\n',
+     'a.jsonl, line 3 is no JSON (Expecting value: line 1 column 1 (char 0)): each line must be one object'),
+    ('a.jsonl', b'[1, 2]\n', 'a.jsonl, line 1 has no fields, but list'),
     ('a.jsonl', b'{"text": 3}\n', 'a.jsonl, line 1: text is no text, but int'),
     ('a.jsonl', b'{"text": "\xff"}\n', 'a.jsonl, line 1 is no JSON ('),
     ('a.parquet', b'PAR1 no', 'a.parquet cannot be read as parquet ('),

@@ -179,7 +179,9 @@ def test_mistakes_are_one_line(exported, tmp_path):
     for arguments, says in (([], '--to=: name a new folder'),
                             ([f'--to={tmp_path}/full'], f'--to={tmp_path}/full: name a new folder'),
                             ([f'--to={tmp_path}/full/a'], f'--to={tmp_path}/full/a: name a new folder'),
-                            ([f'--to={tmp_path}/x', f'--out_dir={tmp_path}'], 'no ckpt.pt or last.pt in out_dir=')):
+                            ([f'--to={tmp_path}/x', f'--out_dir={tmp_path}'], 'no ckpt.pt or last.pt in out_dir='),
+                            ([f'--to={tmp_path}/full/a/b', f'--out_dir={os.path.dirname(exported("char")[2])}'],
+                             f'{tmp_path}/full/a/b could not be written (Not a directory)')):
         done = run('export.py', *arguments)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
@@ -192,5 +194,5 @@ def test_a_tokenizer_of_its_own_is_said(tmp_path):
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
         done = run('sample.py', f'--init_from={tmp_path}', '--device=cpu')
         assert done.returncode == 2 and done.stderr == (
-            f'{tmp_path}/{name} is a tokenizer of its own, and neither GPT-2\'s nor one that export.py wrote\n')
+            f'{tmp_path}/{name} is not GPT-2\'s tokenizer, and the meta.pkl that export.py writes is not there\n')
         os.remove(tmp_path / name)

@@ -106,7 +106,7 @@ def test_own_text_that_is_not_utf8(folder, monkeypatch):
     (here / 'input.txt').write_bytes(OWN.encode() + b'\xff')
     with pytest.raises(DataError) as e:
         prepare(here, monkeypatch)
-    assert str(e.value) == f'{here}/input.txt is not UTF-8: byte 0xff at offset {len(OWN.encode()):,}'
+    assert str(e.value) == f'{here}/input.txt is not UTF-8 (byte 0xff at offset {len(OWN.encode()):,}): convert it'
     assert sorted(os.listdir(here)) == ['input.txt', 'prepare.py']
 
 

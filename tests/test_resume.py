@@ -196,6 +196,14 @@ def test_runs_differ_where_they_should(train, straight, tmp_path):
             assert_same(tmp_path / 'other', straight())
 
 
+def test_an_end_between_evaluations_keeps_its_own_in_the_log(train, tmp_path):
+    """That of the end is not repeated by a run that goes on, and its loss may be the best there is."""
+    train('out', max_iters=7, eval_interval=4)
+    train('out', init_from='resume', eval_interval=4)
+    assert [r['iter'] for r in records(tmp_path / 'out', 'eval')] == [0, 4, 7, 8, 12]
+    assert [r['iter'] for r in records(tmp_path / 'out')] == [*range(12)]
+
+
 def test_without_dropout_and_with_biases_and_clipping_off(train, straight, tmp_path):
     options = {'dropout': 0.0, 'bias': True, 'grad_clip': 0.0, 'decay_lr': False}
     train('out', **options, max_iters=7)

@@ -71,8 +71,33 @@ def test_a_resumed_run_drops_what_it_will_do_again(logged, resumed_at):
     RunLog(str(logged), {'lr': 1e-4}, resumed_at=resumed_at).close()
     first, *steps, last = records(logged)
     assert first['kind'] == 'run' and last == {'kind': 'run', 'iter': resumed_at, 'lr': 1e-4}
-    assert [r['iter'] for r in steps] == [i for i in (0, 1, 2, 3, 4, 5, 6) if i < resumed_at]
-    assert [r['kind'] for r in steps] == ['train', 'train', 'train', 'train', 'train', 'train', 'eval'][:resumed_at]
+    assert [(r['kind'], r['iter']) for r in steps] == [
+        (kind, i) for kind, i in (*(('train', i) for i in range(6)), ('eval', 6)) if i < resumed_at + (kind == 'eval')]
+
+
+def test_an_evaluation_where_a_run_resumes_is_there_once(logged):
+    """Also if it is not repeated, and after a resume that came no further; where it was not logged, it is."""
+    for again in (True, False):
+        log = RunLog(str(logged), {}, resumed_at=6)
+        if again:
+            log.write('eval', **{'iter': 6, 'train/loss': 2.0, 'val/loss': 2.0})
+        log.write('train', iter=6, loss=0.5)
+        log.close()
+    before = [('train', i) for i in range(6)]
+    assert [(r['kind'], r['iter']) for r in records(logged)] == [
+        ('run', 0), *before, ('eval', 6), ('run', 6), ('run', 6), ('train', 6)]
+    log = RunLog(str(logged), {}, resumed_at=5)
+    log.write('eval', **{'iter': 5, 'train/loss': 2.0, 'val/loss': 2.0})
+    log.close()
+    assert [(r['kind'], r['iter']) for r in records(logged)][-5:] == [
+        ('train', 4), ('run', 6), ('run', 6), ('run', 5), ('eval', 5)]
+
+
+def test_a_folder_that_is_gone_is_one_line(logged):
+    log = RunLog(str(logged), {})
+    os.rename(logged.parent, f'{logged.parent}-moved')
+    with pytest.raises(DataError, match=rf'^{logged} could not be written \(No such file or directory\)$'):
+        log.write('train', iter=0, loss=0.5)
 
 
 def test_a_fresh_run_starts_an_empty_log(logged):
