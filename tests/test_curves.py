@@ -195,7 +195,7 @@ def test_the_command(tmp_path, matplotlib):
     ran = command('a', '--to=other.png', cwd=tmp_path)
     assert ran.returncode == 0 and (tmp_path / 'other.png').exists()
     ran = command('a', '--to=none/other.png', cwd=tmp_path)
-    assert ran.returncode == 2 and ran.stderr.startswith('none/other.png cannot be written (')
+    assert ran.returncode == 2 and ran.stderr.startswith('none/other.png could not be written (')
     ran = command('a', 'c', cwd=tmp_path)
     assert ran.returncode == 2 and ran.stderr == (
         'c/log.jsonl cannot be read (No such file or directory): name the out_dir of a run\n')
