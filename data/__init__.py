@@ -42,11 +42,10 @@ def writing(*paths: str):
         for path in paths:
             with contextlib.suppress(OSError):
                 os.remove(path + '.tmp')
-        full = isinstance(e, OSError) and e.errno in FULL
-        if not full and not (isinstance(e, OSError) and str(e.filename).startswith(paths)):
+        if not isinstance(e, OSError) or not (e.errno in FULL or str(e.filename).startswith(paths)):
             raise
-        raise DataError(f'{paths[0]} could not be written ({e.strerror}){": free some space" * full}',
-                        one_rank=True) from e
+        hint = ': free some space' if e.errno in FULL else ''
+        raise DataError(f'{paths[0]} could not be written ({e.strerror}){hint}', one_rank=True) from e
 
 
 @contextlib.contextmanager
