@@ -138,8 +138,8 @@ def nobody_reads() -> None:
 def leave(status=0, at_once: bool = False) -> None:
     """
     End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: with statements
-    have their ends, but not Python's interpreter, in which gloo's thread may drop its last Python object too late
-    ("terminate called", exit code -6).
+    end as they should, but then Python's own end is left out, in which gloo's thread may drop its last Python object
+    too late ("terminate called", exit code -6).
     """
     if at_once:
         if isinstance(status, str):
