@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from data import FULL, NAMES, DataError
+from data import FULL, NAMES, DataError, writing
 
 
 @contextlib.contextmanager
@@ -35,22 +35,18 @@ def saving(path: str, checkpoint: dict, device_type: str = 'cpu') -> Iterator[No
             f.flush()
             os.fsync(f.fileno())
 
-    try:
-        with ThreadPoolExecutor(1) as pool:  # its end waits for the thread
-            writing = pool.submit(write)
-            if device_type == 'mps':  # takes one thread at a time
-                pool.shutdown()
-            yield
-            _replace(path, writing)
-    finally:
-        with contextlib.suppress(OSError):  # gone, if it took its place
-            os.remove(path + '.tmp')
+    with writing(path), ThreadPoolExecutor(1) as pool:  # its end waits for the thread
+        begun = pool.submit(write)
+        if device_type == 'mps':  # takes one thread at a time
+            pool.shutdown()
+        yield
+        _replace(path, begun)
 
 
-def _replace(path: str, writing: Future) -> None:
+def _replace(path: str, begun: Future) -> None:
     """Put path.tmp, once it is written, in the place of `path`."""
     try:
-        writing.result()
+        begun.result()
         os.replace(path + '.tmp', path)
         if hasattr(os, 'O_DIRECTORY'):  # the new name itself must survive a power cut too
             folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_DIRECTORY)

@@ -236,11 +236,10 @@ def _documents(piece: Piece) -> Iterator[tuple[int, str]]:
                 record = json.loads(text) if text.strip() else {field: ''}
             except (ValueError, RecursionError) as e:
                 raise DataError(f'{line} is no JSON ({e}): each line must be one object') from None
-            if not isinstance(record, dict) or field not in record:
-                has = f'fields, but {type(record).__name__}'
-                if isinstance(record, dict):
-                    has = f'field {field} ({", ".join(record)}): choose one with --field'
-                raise DataError(f'{line} has no {has}')
+            if not isinstance(record, dict):
+                raise DataError(f'{line} has no fields, but {type(record).__name__}')
+            if field not in record:
+                raise DataError(f'{line} has no field {field} ({", ".join(record)}): choose one with --field')
             text = record[field]
         elif isinstance(text, bytes):  # a column of parquet that does not say that it is text
             try:

@@ -134,9 +134,9 @@ def _before(path: str, resumed_at: int) -> tuple[list[str], int | None]:
                     continue
                 step, kind = (record.get('iter'), record.get('kind')) if isinstance(record, dict) else (None, None)
                 here = kind == 'eval' and step == resumed_at
-                if type(step) is int and (kind == 'run' or here or step < resumed_at) and not (here and evaluated):
+                evaluated = step if here else evaluated
+                if type(step) is int and (kind == 'run' or here or step < resumed_at):
                     kept.append(line.rstrip('\n') + '\n')
-                    evaluated = step if here else evaluated
     return kept, evaluated
 
 
