@@ -137,9 +137,9 @@ def nobody_reads() -> None:
 
 def leave(status=0, at_once: bool = False) -> None:
     """
-    End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: with statements
-    end as they should, but then Python's own end is left out, in which gloo's thread may drop its last Python object
-    too late ("terminate called", exit code -6).
+    End the process with a status, or with a message and 1; with 0 and not at_once it returns. at_once: without Python's
+    own end, in which gloo's thread may drop its last Python object too late ("terminate called", exit code -6); but
+    with any other status than 0 the with statements it stands in have their ends first.
     """
     if at_once:
         if isinstance(status, str):
@@ -147,8 +147,10 @@ def leave(status=0, at_once: bool = False) -> None:
             status = 1
         sys.stdout.flush()
         sys.stderr.flush()
+        if status == 0:
+            os._exit(0)
         atexit.register(os._exit, status)
-    if status or at_once:
+    if status:
         sys.exit(status)
 
 
